@@ -1,0 +1,80 @@
+"""What a rule refuses, as exceptions.
+
+Each class is one row (or a few alike) of the rules table in ``docs/ioctl.md``. They carry a
+sentence for the event log; which errno a program sees is decided in one place,
+``service/errors.py``, and nowhere else.
+"""
+
+from __future__ import annotations
+
+
+class RegionError(Exception):
+    """Base: something that the rules refuse. The message is one readable line."""
+
+
+class BadArgument(RegionError):
+    """A flag, protection or number that has no meaning here."""
+
+
+class BadRange(BadArgument):
+    """A range that is empty, unaligned, overflowing, or reaches past the region's end."""
+
+
+class NotSized(BadArgument):
+    """The region has no size yet, so nothing can lie in it."""
+
+
+class BadObject(RegionError):
+    """An object of a kind that may not be mapped; the message names the kind."""
+
+
+class BadDescriptor(RegionError):
+    """The object's descriptor is not open in the calling process."""
+
+
+class ObjectAccess(RegionError):
+    """The object's descriptor does not allow the protection asked for."""
+
+
+class Occupied(RegionError):
+    """The range overlaps a mapping and replacing was not allowed."""
+
+
+class HoleInRange(RegionError):
+    """A protection change over a range that is not mapped throughout."""
+
+
+class NothingThere(RegionError):
+    """No mapping covers the offset (or follows it)."""
+
+
+class AccessHole(RegionError):
+    """read() or write() of an offset where nothing is mapped."""
+
+
+class AccessDenied(RegionError):
+    """An access that the mapping's protection forbids."""
+
+
+class ModeTooNarrow(RegionError):
+    """open() whose access mode is not a superset of the protections inside."""
+
+
+class DescriptorReadOnly(RegionError):
+    """A change asked for through a descriptor that is not open for writing."""
+
+
+class RightsInUse(RegionError):
+    """The change would add a right that a live descriptor or mapping lacks."""
+
+
+class NoSpace(RegionError):
+    """The mount's size limit leaves no room."""
+
+
+class Unsupported(RegionError):
+    """Understood, valid, and not to be had on this mount."""
+
+
+class StaleChange(RuntimeError):
+    """A change was applied to a table other than the one it was planned for: a bug of ours."""

@@ -1,0 +1,253 @@
+"""A region: its size, its table, and the rules that hold for both.
+
+For: deciding whether an open, a change or an access is allowed, and what exactly a change does.
+Every rule of the rules table that can be judged without asking the kernel is judged here; the
+source of each is mmap(2), munmap(2), mprotect(2), or the rules table in ``docs/ioctl.md``.
+
+Promises: pure and synchronous. ``plan_*`` changes nothing and raises
+:class:`~msharefs.region.errors.RegionError`; ``apply`` carries a plan out; applying
+``change.inverse()`` right after undoes it.
+
+Leaves out: memory, processes, who is asking.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import attrs
+
+from msharefs.abi import MAP_TYPE, PROT_ALL, MapFlag, Prot
+from msharefs.region.errors import (
+    AccessDenied,
+    AccessHole,
+    BadArgument,
+    DescriptorReadOnly,
+    ModeTooNarrow,
+    NotSized,
+    RightsInUse,
+)
+from msharefs.region.mapping import ANON, PROTS, Change, Mapping, ObjectRef
+from msharefs.region.pages import checked_end, page_up
+from msharefs.region.table import MappingTable
+
+KNOWN_FLAGS: Final = int(
+    MapFlag.SHARED_VALIDATE
+    | MapFlag.FIXED
+    | MapFlag.ANONYMOUS
+    | MapFlag.NORESERVE
+    | MapFlag.FIXED_NOREPLACE
+)
+
+READ_ONLY: Final = Prot.READ | Prot.EXEC
+WRITE_ONLY: Final = Prot.WRITE
+READ_WRITE: Final = PROT_ALL
+"""What a descriptor's access mode can give. Executing needs a readable descriptor, as in mmap(2)."""
+
+
+@attrs.frozen
+class Resize:
+    """A planned change of a region's size in bytes; shrinking unmaps what lies past the end."""
+
+    old_size: int
+    new_size: int
+    change: Change
+
+
+@attrs.define(eq=False)
+class Region:
+    """One region. ``number`` identifies it for as long as the mount lives; ``name`` is its path."""
+
+    number: int
+    name: str
+    size: int = 0
+    sized: bool = False
+    table: MappingTable = attrs.field(factory=MappingTable)
+    _descriptors: dict[Prot, int] = attrs.field(factory=dict)
+    _pending: Prot = Prot.NONE
+
+    @property
+    def limit(self) -> int:
+        """The end of the last page, in bytes: ranges must not reach past it."""
+        return page_up(self.size)
+
+    @property
+    def rights(self) -> Prot:
+        """The union of the protections inside, counting a change that is under way."""
+        return PROTS[int(self.table.rights) | int(self._pending)]
+
+    @property
+    def descriptors(self) -> int:
+        """How many descriptors are open."""
+        return sum(self._descriptors.values())
+
+    # -- descriptors
+
+    def check_open(self, access: Prot) -> None:
+        """The superset rule. Raises ModeTooNarrow."""
+        lacking = int(self.rights) & ~int(access)
+        if lacking:
+            raise ModeTooNarrow(
+                f"the region holds {self.rights.text()} mappings;"
+                f" the access mode does not cover {PROTS[lacking].text()}"
+            )
+
+    def opened(self, access: Prot) -> None:
+        """Count a descriptor. Raises as :meth:`check_open` does."""
+        self.check_open(access)
+        self._descriptors[access] = self._descriptors.get(access, 0) + 1
+
+    def closed(self, access: Prot) -> None:
+        """The reverse of :meth:`opened`."""
+        left = self._descriptors[access] - 1
+        if left:
+            self._descriptors[access] = left
+        else:
+            del self._descriptors[access]
+
+    def check_descriptors(self, change: Change) -> None:
+        """Raises RightsInUse if the change adds a right that an open descriptor lacks."""
+        gained = int(change.gained)
+        if not gained:
+            return
+        for access, count in self._descriptors.items():
+            lacking = gained & ~int(access)
+            if lacking:
+                raise RightsInUse(
+                    f"{count} open descriptor(s) lack {PROTS[lacking].text()},"
+                    " which the region would newly give"
+                )
+
+    def begin(self, change: Change) -> None:
+        """Count the rights a change will give, so that an open() meanwhile is held to them."""
+        self._pending = change.rights_after
+
+    def end(self) -> None:
+        """The change is through, or given up."""
+        self._pending = Prot.NONE
+
+    # -- planning
+
+    def plan_map(
+        self,
+        offset: int,
+        size: int,
+        prot: int,
+        flags: int,
+        *,
+        obj: ObjectRef = ANON,
+        object_offset: int = 0,
+        max_prot: Prot = PROT_ALL,
+    ) -> Change:
+        """CREATE_MAPPING. Bytes; flags and prot with mmap(2)'s values, checked here."""
+        end = self.check_map(offset, size, prot, flags)
+        if obj is ANON:
+            object_offset = 0
+        kept = MapFlag.SHARED | (flags & MapFlag.ANONYMOUS)
+        mapping = Mapping(
+            offset, end, PROTS[prot], obj, object_offset, max_prot=max_prot, flags=int(kept)
+        )
+        return self.table.plan_map(mapping, replace=not flags & MapFlag.FIXED_NOREPLACE)
+
+    def check_map(self, offset: int, size: int, prot: int, flags: int) -> int:
+        """The checks of CREATE_MAPPING that need no object. Returns the range's end."""
+        end = self.check_range(offset, size)
+        if flags & MAP_TYPE not in {MapFlag.SHARED, MapFlag.SHARED_VALIDATE}:
+            raise BadArgument("only MAP_SHARED objects may lie in a region")
+        if not flags & MapFlag.FIXED:
+            raise BadArgument("MAP_FIXED is required: the region does not choose offsets")
+        unknown = flags & ~KNOWN_FLAGS
+        if unknown:
+            raise BadArgument(f"flags {unknown:#x} have no meaning in a region")
+        _check_prot(prot)
+        return end
+
+    def plan_unmap(self, offset: int, size: int) -> Change:
+        """UNMAP."""
+        return self.table.plan_unmap(offset, self.check_range(offset, size))
+
+    def plan_protect(self, offset: int, size: int, prot: int, flags: int = 0) -> Change:
+        """PROTECT."""
+        end = self.check_range(offset, size)
+        if flags:
+            raise BadArgument(f"flags {flags:#x}: must be zero")
+        _check_prot(prot)
+        return self.table.plan_protect(offset, end, PROTS[prot])
+
+    def plan_resize(self, size: int) -> Resize:
+        """ftruncate() and fallocate(). Any size, any number of times."""
+        if size < 0:
+            raise BadArgument(f"size {size} is negative")
+        old_limit, new_limit = self.limit, page_up(size)
+        change = self.table.plan_unmap(min(new_limit, old_limit), old_limit)
+        return Resize(self.size, size, change)
+
+    def apply(self, change: Change) -> None:
+        self.table.apply(change)
+
+    def apply_resize(self, resize: Resize) -> None:
+        self.table.apply(resize.change)
+        self.size = resize.new_size
+        self.sized = True
+
+    # -- looking
+
+    def check_sized(self) -> None:
+        """Raises NotSized before the first ftruncate() or fallocate()."""
+        if not self.sized:
+            raise NotSized("the region has no size yet: ftruncate() or fallocate() it first")
+
+    def check_range(self, offset: int, size: int) -> int:
+        """The range's end. Raises NotSized or BadRange."""
+        self.check_sized()
+        return checked_end(offset, size, self.limit)
+
+    def query(self, offset: int, *, or_next: bool = False) -> Mapping:
+        """QUERY: the mapping that covers ``offset`` or, with ``or_next``, the next one."""
+        self.check_sized()
+        return self.table.query(offset, or_next=or_next)
+
+    # -- read() and write()
+
+    def readable(self, offset: int, size: int) -> int:
+        """How many bytes from ``offset`` read() may take: 0 at the end of the region.
+
+        A count short of ``size`` where a hole or an unreadable mapping begins; raises AccessHole
+        or AccessDenied if it begins at ``offset``.
+        """
+        return self._accessible(offset, min(size, self.size - offset), Prot.READ)
+
+    def writable(self, offset: int, size: int) -> int:
+        """As :meth:`readable` for write(); nothing lies past the end, so AccessHole there."""
+        if size and offset >= self.size:
+            raise AccessHole(f"{offset:#x} is past the region's end at {self.size:#x}")
+        return self._accessible(offset, min(size, self.size - offset), Prot.WRITE)
+
+    def _accessible(self, offset: int, size: int, right: Prot) -> int:
+        at, end = offset, offset + max(size, 0)
+        while at < end:
+            mapping = self.table.at(at)
+            if mapping is None:
+                if at == offset:
+                    raise AccessHole(f"nothing is mapped at {at:#x}")
+                break
+            if not int(mapping.prot) & right:
+                if at == offset:
+                    raise AccessDenied(
+                        f"the mapping at {at:#x} is {mapping.prot.text()},"
+                        f" the access needs {right.text()}"
+                    )
+                break
+            at = mapping.end
+        return min(at, end) - offset
+
+
+def check_may_change(access: Prot) -> None:
+    """Whoever may open a region for writing may change its table; others may not."""
+    if not access & Prot.WRITE:
+        raise DescriptorReadOnly("the descriptor is not open for writing")
+
+
+def _check_prot(prot: int) -> None:
+    if prot & ~int(PROT_ALL):
+        raise BadArgument(f"protection {prot:#x} is not made of PROT_READ, PROT_WRITE, PROT_EXEC")
