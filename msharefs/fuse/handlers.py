@@ -1,0 +1,100 @@
+"""What the router asks of the service: the handlers, and the values they answer with.
+
+Everything here is about files and frames. What a file means is the service's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from enum import Enum
+from typing import Final, TypeAlias
+
+import attrs
+
+from .wire import FallocateRequest, IoctlRequest, ReadRequest
+
+
+class Forward(Enum):
+    """The type of `FORWARD`."""
+
+    FORWARD = "forward"
+
+    def __repr__(self) -> str:
+        return "FORWARD"
+
+
+FORWARD: Final = Forward.FORWARD
+"""Not mine: let the library behind the router answer this request."""
+
+
+@attrs.frozen
+class OpenedFile:
+    """A file that the filesystem has just opened, before its opener knows.
+
+    ``flags`` are open(2)'s; ``pid`` is the id of the opening thread, which waits for the reply
+    (0 if it is not visible from here). ``created`` says that this open made the file.
+    """
+
+    nodeid: int
+    fh: int
+    flags: int
+    pid: int
+    uid: int
+    gid: int
+    created: bool = False
+
+
+@attrs.frozen
+class OpenPlan:
+    """What becomes of a file that has just been opened.
+
+    ``backing_fd``: open this file in passthrough mode, backed by that descriptor: mappings are
+    mappings of it and never reach us. An inode has one backing file for as long as it is open
+    anywhere; while it is, later opens of it get the same one, whatever descriptor they name, and
+    must be in passthrough mode too (the kernel fails the open with EIO otherwise).
+    ``direct_io``: read(2) and write(2) come to us, uncached.
+    ``stream``: no file position at all (nor pread), so that a read that waits does not lock out a
+    write on the same descriptor. Not with a backing file: the kernel refuses that.
+    ``noflush``: send no FLUSH when a descriptor is closed.
+    """
+
+    backing_fd: int | None = None
+    direct_io: bool = True
+    stream: bool = False
+    noflush: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        if self.stream and self.backing_fd is not None:
+            raise ValueError("a file with a backing file cannot be a stream")
+
+
+@attrs.frozen
+class IoctlReply:
+    """What ioctl(2) returns (>= 0, or a negative errno) and what is copied to its argument."""
+
+    result: int = 0
+    data: bytes = b""
+
+
+OpenedResult: TypeAlias = OpenPlan | None | Awaitable[OpenPlan | None]
+
+
+@attrs.frozen(kw_only=True)
+class Handlers:
+    """The service's side of the router.
+
+    A handler that returns a value is answered at once, in the same tick of the loop. One that
+    returns an awaitable is answered by a task of its own, which a signal to the caller cancels:
+    the caller gets EINTR, unless the handler finishes in spite of it (a shield). An exception of
+    any kind becomes ``errno_of(exception, what was being done)`` for that one request.
+
+    ``opened`` is asked about each file that the filesystem has opened; None leaves the
+    filesystem's reply as it is. If it raises, the open fails with that errno and the filesystem
+    is told to release the file.
+    """
+
+    ioctl: Callable[[IoctlRequest], IoctlReply | Awaitable[IoctlReply]]
+    fallocate: Callable[[FallocateRequest], None | Awaitable[None]]
+    read: Callable[[ReadRequest], bytes | Awaitable[bytes] | Forward]
+    opened: Callable[[OpenedFile], OpenedResult]
+    errno_of: Callable[[BaseException, str], int]
