@@ -1,0 +1,72 @@
+"""The file that holds a region's memory.
+
+For: everything done to that memory from outside: sizing, dropping ranges, read() and write() on
+the region. Programs map this file through FUSE passthrough, so loads and stores never come here.
+
+Promises: one owner of the descriptor, close-on-exec from birth, -1 once closed; the memory itself
+lives on in the kernel until the last mapping of it has gone.
+
+Leaves out: what lies where (``region/``), how much a mount may use (``store.py``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from typing import Final
+
+import attrs
+
+FALLOC_FL_KEEP_SIZE: Final = 1
+FALLOC_FL_PUNCH_HOLE: Final = 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.fallocate.restype = ctypes.c_int
+
+
+@attrs.define(eq=False)
+class Backing:
+    """Owns ``fd``. Offsets and sizes in bytes; errors of the kernel come as OSError."""
+
+    fd: int
+
+    def resize(self, size: int) -> None:
+        """ftruncate(2): shrinking drops the memory past the end, in every process at once."""
+        os.ftruncate(self.fd, size)
+
+    def drop(self, start: int, end: int) -> None:
+        """Free the memory of a range, in every process at once; it reads as zeroes after that."""
+        while _libc.fallocate(
+            self.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, end - start
+        ):
+            code = ctypes.get_errno()
+            if code != errno.EINTR:
+                raise OSError(code, f"punching a hole: {os.strerror(code)}")
+
+    def holds_data(self, start: int, end: int) -> bool:
+        """Whether any page of the range has been touched since it was last dropped."""
+        try:
+            return os.lseek(self.fd, start, os.SEEK_DATA) < end
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return False
+            raise
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of memory in use."""
+        return os.fstat(self.fd).st_blocks * 512
+
+    def read(self, offset: int, size: int) -> bytes:
+        return os.pread(self.fd, size, offset)
+
+    def write(self, offset: int, data: bytes | memoryview) -> int:
+        """As pwrite(2): may be short; raises OSError ENOSPC when memory has run out."""
+        return os.pwrite(self.fd, data, offset)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
