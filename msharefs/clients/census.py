@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from msharefs.abi import Prot
 from msharefs.region.mapping import PROTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    from msharefs.abi import Prot
 
 _PROC: Final = Path("/proc")
 
@@ -42,7 +43,8 @@ class MappedRange:
 
 def process_ids() -> Iterator[int]:
     """Every process there is now."""
-    return (int(entry) for entry in os.listdir(_PROC) if entry.isdecimal())
+    with os.scandir(_PROC) as entries:
+        yield from [int(entry.name) for entry in entries if entry.name.isdecimal()]
 
 
 def mapped_ranges(device: int, inode: int, pids: Iterable[int] | None = None) -> list[MappedRange]:
@@ -82,11 +84,3 @@ def mapped_ranges(device: int, inode: int, pids: Iterable[int] | None = None) ->
 
 def _prot(text: bytes) -> Prot:
     return PROTS[(text[0] == 0x72) | (text[1] == 0x77) << 1 | (text[2] == 0x78) << 2]
-
-
-def command_name(pid: int) -> str:
-    """/proc/PID/comm, or an empty string if the process has gone."""
-    try:
-        return (_PROC / str(pid) / "comm").read_text(errors="replace").rstrip("\n")
-    except OSError:
-        return ""

@@ -14,7 +14,6 @@ import attrs
 class EventKind(StrEnum):
     """The ``event`` field."""
 
-    CREATE = "create"
     OPEN = "open"
     REFUSE = "refuse"
     MAP = "map"

@@ -1,0 +1,71 @@
+"""Who a thread is, and what its descriptors are, while it waits in a call of ours.
+
+Source: proc_pid_status(5), pidfd_open(2), pidfd_getfd(2).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from pathlib import Path
+from typing import Final
+
+from msharefs.region.errors import BadDescriptor, Unsupported
+from msharefs.region.events import Actor
+
+PIDFD_THREAD: Final = os.O_EXCL
+SYS_PIDFD_GETFD: Final = 438
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+def identify(tid: int) -> Actor:
+    """Process, thread and command name of a thread; what is known of it if it has gone."""
+    try:
+        status = Path(f"/proc/{tid}/status").read_text(errors="replace")
+    except OSError:
+        return Actor(0, tid, "")
+    comm, pid = "", 0
+    for line in status.splitlines():
+        key, _, value = line.partition(":\t")
+        if key == "Name":
+            comm = value
+        elif key == "Tgid":
+            pid = int(value)
+            break
+    return Actor(pid, tid, comm)
+
+
+def duplicate_descriptor(tid: int, fd: int) -> int:
+    """Our own duplicate of descriptor ``fd`` of the thread ``tid``, close-on-exec.
+
+    Raises BadDescriptor if it has no such descriptor, Unsupported if the thread cannot be named
+    from here (0: it lives in a pid namespace that does not nest in ours), OSError otherwise.
+    """
+    if tid == 0:
+        raise Unsupported("the caller lives in a foreign pid namespace")
+    pidfd = _open_thread(tid)
+    try:
+        result = int(
+            _libc.syscall(ctypes.c_long(SYS_PIDFD_GETFD), ctypes.c_int(pidfd), ctypes.c_uint(fd), 0)
+        )
+        if result < 0:
+            code = ctypes.get_errno()
+            if code == errno.EBADF:
+                raise BadDescriptor(f"descriptor {fd} is not open in the calling process")
+            raise OSError(code, f"pidfd_getfd: {os.strerror(code)}")
+        return result
+    finally:
+        os.close(pidfd)
+
+
+def _open_thread(tid: int) -> int:
+    try:
+        return os.pidfd_open(tid, PIDFD_THREAD)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    # Linux before 6.9 has pidfds of thread group leaders only.
+    return os.pidfd_open(identify(tid).pid)

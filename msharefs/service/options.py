@@ -1,0 +1,139 @@
+"""Mount options: what ``-o`` takes, for ``mshare mount``, ``msharefs`` and mount(8) alike."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final, Self
+
+import attrs
+
+from msharefs.memory.tmpfs import HUGE_POLICIES
+from msharefs.region.pages import page_down
+from msharefs.service.eventlog import MOUNT_CAPACITY
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_UNITS: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50}
+_SIZE = re.compile(r"(0x[0-9a-f]+|[0-9]+)([kmgtp]?)(?:i?b)?", re.IGNORECASE)
+
+_IGNORED: Final = frozenset(
+    "rw suid nosuid dev nodev exec async sync dirsync defaults auto noauto user nouser users"
+    " nofail _netdev owner group atime relatime norelatime strictatime diratime nodiratime"
+    " lazytime nolazytime iversion mand loud silent allow_other default_permissions".split()
+)
+"""Words of mount(8) and fuse(8) that change nothing here: nosuid, nodev, allow_other and
+default_permissions always hold, and reading a region never sets its atime."""
+
+
+class OptionError(ValueError):
+    """One readable line about an option that cannot be used."""
+
+
+def parse_size(text: str) -> int:
+    """``64M``, ``2GiB``, ``0x1000``, ``4096``: bytes, with powers of 1024. Raises ValueError."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"not a size: {text!r} (write it as 64M, 2G, 4096 or 0x1000)")
+    number, unit = match.groups()
+    return int(number, 0 if number[:2].lower() == "0x" else 10) * _UNITS[unit.lower()]
+
+
+@attrs.frozen
+class MountOptions:
+    """``limit`` in bytes; ``root_mode`` and ownership are the root directory's."""
+
+    source: str = "msharefs"
+    limit: int | None = None
+    huge: str | None = None
+    root_mode: int = 0o1777
+    uid: int = 0
+    gid: int = 0
+    events: int = MOUNT_CAPACITY
+    log: str | None = None
+    read_only: bool = False
+    noexec: bool = False
+
+    HELP = (
+        ("size=SIZE", "limit for the memory of all regions together; ENOSPC beyond it"),
+        ("huge=POLICY", f"huge pages: {', '.join(HUGE_POLICIES)} (as for tmpfs)"),
+        ("mode=MODE", "mode of the root directory in octal (default 1777)"),
+        ("uid=UID, gid=GID", "owner of the root directory (default root)"),
+        ("events=N", f"events held for readers that come late (default {MOUNT_CAPACITY})"),
+        ("log=FILE", "append the log to FILE (default: standard error, or syslog)"),
+        ("ro, noexec", "as for mount(8)"),
+    )
+
+    @classmethod
+    def parse(cls, text: str, *, source: str = "msharefs") -> Self:
+        """``key=value,word,…`` as after ``-o``. Raises OptionError."""
+        found: dict[str, object] = {}
+        for word in filter(None, text.split(",")):
+            key, has_value, value = word.partition("=")
+            if key in _VALUES and has_value:
+                name, convert = _VALUES[key]
+                try:
+                    found[name] = convert(value)
+                except ValueError as error:
+                    raise OptionError(f"option {key}: {error}") from None
+            elif word in _WORDS:
+                found[_WORDS[word]] = True
+            elif word in _IGNORED or key.startswith("x-") or key in {"comment", "fsname"}:
+                continue
+            else:
+                known = ", ".join(option for option, _ in cls.HELP)
+                raise OptionError(f"unknown option {word!r} (known: {known})")
+        return cls(source=source, **found)  # type: ignore[arg-type] # each converter fits its field
+
+
+def _limit(text: str) -> int:
+    size = page_down(parse_size(text))
+    if not size:
+        raise ValueError("must be at least one page")
+    return size
+
+
+def _huge(text: str) -> str:
+    if text not in HUGE_POLICIES:
+        raise ValueError(f"{text!r} is none of {', '.join(HUGE_POLICIES)}")
+    return text
+
+
+def _mode(text: str) -> int:
+    try:
+        mode = int(text, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o7777:
+        raise ValueError(f"{text!r} is not an octal mode")
+    return mode
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise ValueError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def _id(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32 - 1:
+        raise ValueError(f"{text!r} is not a numeric user or group")
+    return int(text)
+
+
+def _text(text: str) -> str:
+    if not text:
+        raise ValueError("is empty")
+    return text
+
+
+_VALUES: Final[dict[str, tuple[str, Callable[[str], object]]]] = {
+    "size": ("limit", _limit),
+    "huge": ("huge", _huge),
+    "mode": ("root_mode", _mode),
+    "uid": ("uid", _id),
+    "gid": ("gid", _id),
+    "events": ("events", _count),
+    "log": ("log", _text),
+}
+_WORDS: Final = {"ro": "read_only", "noexec": "noexec"}
