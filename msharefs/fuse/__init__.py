@@ -6,18 +6,34 @@ Knows nothing of regions: it takes `Handlers`. pyfuse3 serves the namespace behi
 from __future__ import annotations
 
 from .handlers import FORWARD, Forward, Handlers, IoctlReply, OpenedFile, OpenPlan
+from .handshake import Connection
+from .mount import FSTYPE, Mount, MountError, MountOptions, find_mounts, mount, mount_at, unmount
+from .router import Router
+from .session import Session, serve
 from .wire import BadFrame, FallocateRequest, IoctlRequest, Opcode, ReadRequest
 
 __all__ = [
     "FORWARD",
+    "FSTYPE",
     "BadFrame",
+    "Connection",
     "FallocateRequest",
     "Forward",
     "Handlers",
     "IoctlReply",
     "IoctlRequest",
+    "Mount",
+    "MountError",
+    "MountOptions",
     "Opcode",
     "OpenPlan",
     "OpenedFile",
     "ReadRequest",
+    "Router",
+    "Session",
+    "find_mounts",
+    "mount",
+    "mount_at",
+    "serve",
+    "unmount",
 ]

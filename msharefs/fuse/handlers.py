@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from enum import Enum
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import attrs
 
-from .wire import FallocateRequest, IoctlRequest, ReadRequest
+if TYPE_CHECKING:
+    from .wire import FallocateRequest, IoctlRequest, ReadRequest
 
 
 class Forward(Enum):
@@ -76,7 +77,7 @@ class IoctlReply:
     data: bytes = b""
 
 
-OpenedResult: TypeAlias = OpenPlan | None | Awaitable[OpenPlan | None]
+OpenedResult: TypeAlias = OpenPlan | Awaitable[OpenPlan | None] | None
 
 
 @attrs.frozen(kw_only=True)
@@ -94,7 +95,7 @@ class Handlers:
     """
 
     ioctl: Callable[[IoctlRequest], IoctlReply | Awaitable[IoctlReply]]
-    fallocate: Callable[[FallocateRequest], None | Awaitable[None]]
+    fallocate: Callable[[FallocateRequest], Awaitable[None] | None]
     read: Callable[[ReadRequest], bytes | Awaitable[bytes] | Forward]
     opened: Callable[[OpenedFile], OpenedResult]
     errno_of: Callable[[BaseException, str], int]

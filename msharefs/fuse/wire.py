@@ -21,7 +21,7 @@ import os
 import struct
 from collections.abc import Callable
 from enum import IntEnum, IntFlag
-from typing import Final, TypeAlias
+from typing import ClassVar, Final, TypeAlias
 
 import attrs
 
@@ -134,6 +134,7 @@ class InitFlag(IntFlag):
 
     ATOMIC_O_TRUNC = 1 << 3
     WRITEBACK_CACHE = 1 << 16
+    ABORT_ERROR = 1 << 21
     MAX_PAGES = 1 << 22
     SETXATTR_EXT = 1 << 29
     INIT_EXT = 1 << 30
@@ -200,6 +201,8 @@ class IoctlRequest:
     (0 if it is not visible from here).
     """
 
+    opcode: ClassVar = Opcode.IOCTL
+
     unique: int
     nodeid: int
     uid: int
@@ -230,6 +233,8 @@ class FallocateRequest:
     for requests that came by fallocate(2).
     """
 
+    opcode: ClassVar = Opcode.FALLOCATE
+
     unique: int
     nodeid: int
     uid: int
@@ -244,6 +249,8 @@ class FallocateRequest:
 @attrs.frozen
 class ReadRequest:
     """FUSE_READ of at most ``size`` bytes. ``file_flags`` are the open file's, as of this read."""
+
+    opcode: ClassVar = Opcode.READ
 
     unique: int
     nodeid: int
@@ -262,20 +269,26 @@ class ReadRequest:
 
 @attrs.frozen
 class OpenRequest:
-    """FUSE_OPEN or (``create``) FUSE_CREATE; ``flags`` are open(2)'s."""
+    """FUSE_OPEN or FUSE_CREATE; ``flags`` are open(2)'s."""
 
+    opcode: Opcode
     unique: int
     nodeid: int
     uid: int
     gid: int
     pid: int
     flags: int
-    create: bool
+
+    @property
+    def create(self) -> bool:
+        return self.opcode is Opcode.CREATE
 
 
 @attrs.frozen
 class ReleaseRequest:
     """FUSE_RELEASE: the last descriptor of an open file has gone. Mappings may live on."""
+
+    opcode: ClassVar = Opcode.RELEASE
 
     unique: int
     nodeid: int
@@ -286,6 +299,8 @@ class ReleaseRequest:
 class InterruptRequest:
     """FUSE_INTERRUPT: the caller of request ``target`` has a signal waiting."""
 
+    opcode: ClassVar = Opcode.INTERRUPT
+
     unique: int
     target: int
 
@@ -293,6 +308,8 @@ class InterruptRequest:
 @attrs.frozen
 class InitRequest:
     """FUSE_INIT: the kernel's version, and what it offers (`InitFlag` bits, both words in one)."""
+
+    opcode: ClassVar = Opcode.INIT
 
     unique: int
     major: int
@@ -308,9 +325,9 @@ class OtherRequest:
     ``reply_size`` is the most bytes that the kernel takes as the body of its reply.
     """
 
+    opcode: Opcode
     unique: int
     nodeid: int
-    opcode: Opcode
     reply_size: int
 
 
@@ -403,18 +420,17 @@ def _write(frame: Frame, size: int, header: _Header) -> OtherRequest:
     if size < IN_SIZE + READ_IN.size:
         raise _bad(header, "shorter than its arguments")
     _need(size, READ_IN.size + READ_IN.unpack_from(frame, IN_SIZE)[2], header)
-    return OtherRequest(header[1], header[2], Opcode.WRITE, SMALL_REPLY)
+    return OtherRequest(Opcode.WRITE, header[1], header[2], SMALL_REPLY)
 
 
 def _open(frame: Frame, size: int, header: _Header) -> OpenRequest:
     code, unique, nodeid, uid, gid, pid = header
-    create = code == Opcode.CREATE
-    if create:
+    if code == Opcode.CREATE:
         _need_names(frame, size, CREATE_IN.size, 1, header)
     else:
         _need(size, OPEN_IN.size, header)
     (flags,) = struct.unpack_from("<I", frame, IN_SIZE)
-    return OpenRequest(unique, nodeid, uid, gid, pid, flags, create)
+    return OpenRequest(Opcode(code), unique, nodeid, uid, gid, pid, flags)
 
 
 def _release(frame: Frame, size: int, header: _Header) -> ReleaseRequest:
@@ -441,13 +457,13 @@ def _batch_forget(frame: Frame, size: int, header: _Header) -> OtherRequest:
         raise _bad(header, "shorter than its arguments")
     count, _pad = BATCH_FORGET_IN.unpack_from(frame, IN_SIZE)
     _need(size, BATCH_FORGET_IN.size + count * FORGET_ONE_SIZE, header)
-    return OtherRequest(header[1], header[2], Opcode.BATCH_FORGET, 0)
+    return OtherRequest(Opcode.BATCH_FORGET, header[1], header[2], 0)
 
 
 def _readdir(frame: Frame, size: int, header: _Header) -> OtherRequest:
     _need(size, READ_IN.size, header)
     wanted = READ_IN.unpack_from(frame, IN_SIZE)[2]
-    return OtherRequest(header[1], header[2], Opcode(header[0]), wanted)
+    return OtherRequest(Opcode(header[0]), header[1], header[2], wanted)
 
 
 def _xattr_query(frame: Frame, size: int, header: _Header) -> OtherRequest:
@@ -457,7 +473,7 @@ def _xattr_query(frame: Frame, size: int, header: _Header) -> OtherRequest:
     else:
         _need(size, GETXATTR_IN.size, header)
     wanted = GETXATTR_IN.unpack_from(frame, IN_SIZE)[0]
-    return OtherRequest(header[1], header[2], Opcode(header[0]), max(wanted, SMALL_REPLY))
+    return OtherRequest(Opcode(header[0]), header[1], header[2], max(wanted, SMALL_REPLY))
 
 
 def _setxattr(frame: Frame, size: int, header: _Header) -> OtherRequest:
@@ -466,7 +482,7 @@ def _setxattr(frame: Frame, size: int, header: _Header) -> OtherRequest:
     if end <= GETXATTR_IN.size:
         raise _bad(header, "no name, or one that does not end")
     _need(size, end + 1 + GETXATTR_IN.unpack_from(body)[0], header)
-    return OtherRequest(header[1], header[2], Opcode.SETXATTR, SMALL_REPLY)
+    return OtherRequest(Opcode.SETXATTR, header[1], header[2], SMALL_REPLY)
 
 
 def _plain(fixed: int, names: int = 0, reply_size: int = SMALL_REPLY) -> _Decoder:
@@ -478,13 +494,13 @@ def _plain(fixed: int, names: int = 0, reply_size: int = SMALL_REPLY) -> _Decode
             _need_names(frame, size, fixed, names, header)
         elif size != expected:
             _need(size, fixed, header)
-        return OtherRequest(header[1], header[2], Opcode(header[0]), reply_size)
+        return OtherRequest(Opcode(header[0]), header[1], header[2], reply_size)
 
     return decode
 
 
 def _header_only(_frame: Frame, _size: int, header: _Header) -> OtherRequest:
-    return OtherRequest(header[1], header[2], Opcode(header[0]), SMALL_REPLY)
+    return OtherRequest(Opcode(header[0]), header[1], header[2], SMALL_REPLY)
 
 
 _DECODERS: Final[dict[int, _Decoder]] = {
