@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import attrs
 
 if TYPE_CHECKING:
-    from .wire import FallocateRequest, IoctlRequest, ReadRequest
+    from .wire import FallocateRequest, IoctlRequest, ReadRequest, WriteRequest
 
 
 class Forward(Enum):
@@ -99,3 +99,4 @@ class Handlers:
     read: Callable[[ReadRequest], bytes | Awaitable[bytes] | Forward]
     opened: Callable[[OpenedFile], OpenedResult]
     errno_of: Callable[[BaseException, str], int]
+    write: Callable[[WriteRequest], int | Awaitable[int] | Forward] = lambda _request: FORWARD

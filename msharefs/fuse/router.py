@@ -1,6 +1,6 @@
 """The frame router: kernel <-> device <-> `Router` <-> `Downstream` <-> libfuse and pyfuse3.
 
-Requests that pyfuse3 has no hook for (ioctl, fallocate, and reads if the service wants them) are
+Requests that pyfuse3 has no hook for (ioctl, fallocate, and reads and writes if the service wants them) are
 answered here by the `Handlers`; all others go to the library and their replies come back. INIT is
 amended both ways (`handshake`), the replies to OPEN and CREATE on their way back (`OpenPlan`).
 
@@ -43,6 +43,7 @@ from .wire import (
     RELEASE_IN,
     SMALL_REPLY,
     UNANSWERED,
+    WRITE_OUT,
     BadFrame,
     FallocateRequest,
     Frame,
@@ -57,6 +58,7 @@ from .wire import (
     ReadRequest,
     ReleaseRequest,
     Request,
+    WriteRequest,
     build_ioctl_reply,
     build_reply,
     build_request,
@@ -129,6 +131,7 @@ class Router:
             IoctlRequest: self._on_ioctl,
             FallocateRequest: self._on_fallocate,
             ReadRequest: self._on_read,
+            WriteRequest: self._on_write,
             InterruptRequest: self._on_interrupt,
             ReleaseRequest: self._on_release,
             InitRequest: self._on_init,
@@ -267,6 +270,18 @@ class Router:
                 self._finish_read(request, answer)
             else:
                 self._start(request, answer, self._finish_read)
+        except Exception as exc:  # noqa: BLE001 - errno_of is the boundary
+            self._refuse(request, self._errno(exc, request))
+
+    def _on_write(self, request: WriteRequest, frame: Frame) -> None:
+        try:
+            answer = self._handlers.write(request)
+            if answer is FORWARD:
+                self._forward(request, frame)
+            elif isinstance(answer, int):
+                self._finish_write(request, answer)
+            else:
+                self._start(request, answer, self._finish_write)
         except Exception as exc:  # noqa: BLE001 - errno_of is the boundary
             self._refuse(request, self._errno(exc, request))
 
@@ -527,6 +542,11 @@ class Router:
             raise ValueError(f"the handler of READ returned {len(value)} of {request.size} bytes")
         self._write(build_reply(request.unique, value))
 
+    def _finish_write(self, request: WriteRequest, value: object) -> None:
+        if not isinstance(value, int) or not 0 <= value <= len(request.data):
+            raise TypeError(f"the handler of WRITE returned {value!r}")
+        self._write(build_reply(request.unique, WRITE_OUT.pack(value, 0)))
+
     def _refuse(self, request: Request, code: int) -> None:
         self._write(build_reply(request.unique, error=code))
 
@@ -574,6 +594,6 @@ def _describe(request: Request) -> str:
     """What was being done, for the log."""
     if isinstance(request, IoctlRequest):
         return f"ioctl {request.cmd:#x} on node {request.nodeid} by pid {request.pid}"
-    if isinstance(request, FallocateRequest | ReadRequest | OpenRequest):
+    if isinstance(request, FallocateRequest | ReadRequest | WriteRequest | OpenRequest):
         return f"{request.opcode.name} on node {request.nodeid} by pid {request.pid}"
     return request.opcode.name

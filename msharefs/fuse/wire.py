@@ -52,6 +52,8 @@ IOCTL_OUT: Final = struct.Struct("<iIII")
 FALLOCATE_IN: Final = struct.Struct("<QQQII")
 """fh, offset, length, mode, padding."""
 INTERRUPT_IN: Final = struct.Struct("<Q")
+WRITE_OUT: Final = struct.Struct("<II")
+"""size, padding"""
 FORGET_IN: Final = struct.Struct("<Q")
 BATCH_FORGET_IN: Final = struct.Struct("<II")
 FORGET_ONE_SIZE: Final = 16
@@ -268,6 +270,22 @@ class ReadRequest:
 
 
 @attrs.frozen
+class WriteRequest:
+    """FUSE_WRITE of ``data`` at ``offset``. ``file_flags`` are the open file's, as of this write."""
+
+    unique: int
+    nodeid: int
+    uid: int
+    gid: int
+    pid: int
+    fh: int
+    offset: int
+    data: bytes
+    file_flags: int
+    opcode: ClassVar = Opcode.WRITE
+
+
+@attrs.frozen
 class OpenRequest:
     """FUSE_OPEN or FUSE_CREATE; ``flags`` are open(2)'s."""
 
@@ -335,6 +353,7 @@ Request: TypeAlias = (
     IoctlRequest
     | FallocateRequest
     | ReadRequest
+    | WriteRequest
     | OpenRequest
     | ReleaseRequest
     | InterruptRequest
@@ -416,11 +435,15 @@ def _read(frame: Frame, size: int, header: _Header) -> ReadRequest:
     return ReadRequest(unique, nodeid, uid, gid, pid, fh, offset, wanted, file_flags)
 
 
-def _write(frame: Frame, size: int, header: _Header) -> OtherRequest:
+def _write(frame: Frame, size: int, header: _Header) -> WriteRequest:
     if size < IN_SIZE + READ_IN.size:
         raise _bad(header, "shorter than its arguments")
-    _need(size, READ_IN.size + READ_IN.unpack_from(frame, IN_SIZE)[2], header)
-    return OtherRequest(Opcode.WRITE, header[1], header[2], SMALL_REPLY)
+    # struct fuse_write_in is laid out as fuse_read_in.
+    fh, offset, length, _wflags, _owner, file_flags, _pad = READ_IN.unpack_from(frame, IN_SIZE)
+    _need(size, READ_IN.size + length, header)
+    _, unique, nodeid, uid, gid, pid = header
+    data = bytes(frame[IN_SIZE + READ_IN.size : size])
+    return WriteRequest(unique, nodeid, uid, gid, pid, fh, offset, data, file_flags)
 
 
 def _open(frame: Frame, size: int, header: _Header) -> OpenRequest:

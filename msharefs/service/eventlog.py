@@ -63,6 +63,8 @@ class Ring:
         """The index of the oldest entry held, counted from the first one ever."""
         self._parked = trio.lowlevel.ParkingLot()
         self._on_append: set[Callable[[], None]] = set()
+        self.closed = False
+        """Nothing will come any more: readers find the end of the file after the last entry."""
 
     @property
     def end(self) -> int:
@@ -74,6 +76,13 @@ class Ring:
         if len(self._entries) > self._capacity:
             self._entries.popleft()
             self.first += 1
+        self._wake()
+
+    def close(self) -> None:
+        self.closed = True
+        self._wake()
+
+    def _wake(self) -> None:
         if self._parked:
             self._parked.unpark_all()
         if self._on_append:
@@ -85,14 +94,14 @@ class Ring:
         return self._entries[index - self.first]
 
     def call_on_append(self, call: Callable[[], None]) -> None:
-        """Call ``call`` once, when the next entry comes."""
+        """Call ``call`` once, when the next entry comes or the ring is closed."""
         self._on_append.add(call)
 
     def forget_call(self, call: Callable[[], None]) -> None:
         self._on_append.discard(call)
 
     async def wait(self) -> None:
-        """Until the next entry comes."""
+        """Until the next entry comes or the ring is closed."""
         await self._parked.park()
 
 
@@ -126,7 +135,12 @@ class Reader:
     @property
     def ready(self) -> bool:
         """Whether a read would return at once."""
-        return bool(self._rest) or self._next < self._ring.end
+        return bool(self._rest) or self._next < self._ring.end or self._ring.closed
+
+    @property
+    def at_end(self) -> bool:
+        """Whether everything has been read and nothing more will come."""
+        return self._ring.closed and not self._rest and self._next == self._ring.end
 
     def take(self, size: int) -> bytes:
         """Up to ``size`` bytes: whole lines, unless not even one fits. Empty if nothing is there."""
@@ -144,10 +158,10 @@ class Reader:
         return bytes(taken)
 
     async def read(self, size: int) -> bytes:
-        """As :meth:`take`, but wait for something to be there."""
+        """As :meth:`take`, but wait for something to be there. Empty at the end of the stream."""
         while True:
             data = self.take(size)
-            if data or not size:
+            if data or not size or self.at_end:
                 return data
             await self._ring.wait()
 

@@ -210,7 +210,7 @@ class Namespace:
         self._renamed(node)
 
     def unlink(self, directory: Directory, name: bytes) -> RegionFile:
-        """Take a region's name away; the region goes with the last user (unlink(2))."""
+        """Take a region's name away (unlink(2)); :meth:`drop_if_dead` is the caller's to call."""
         self._check_reserved(directory, name)
         node = self.lookup(directory, name)
         if not isinstance(node, RegionFile):
@@ -218,7 +218,7 @@ class Namespace:
         self._detach(directory, name, node)
         return node
 
-    def remove_directory(self, directory: Directory, name: bytes) -> None:
+    def remove_directory(self, directory: Directory, name: bytes) -> Directory:
         self._check_reserved(directory, name)
         node = self.lookup(directory, name)
         if not isinstance(node, Directory):
@@ -226,6 +226,7 @@ class Namespace:
         if node.entries:
             raise NotEmpty(node.path)
         self._detach(directory, name, node)
+        return node
 
     def rename(
         self,
@@ -234,8 +235,12 @@ class Namespace:
         new_directory: Directory,
         new_name: bytes,
         flags: int = 0,
-    ) -> Node:
-        """As renameat2(2) with its two portable flags. Returns the node that moved."""
+    ) -> tuple[Node, Node | None]:
+        """As renameat2(2) with its two portable flags.
+
+        Returns the node that moved and the one whose name it took, if any, for which the caller
+        calls :meth:`drop_if_dead`.
+        """
         if flags not in {0, RENAME_NOREPLACE, RENAME_EXCHANGE}:
             raise BadRename(f"flags {flags:#x}")
         self._check_reserved(old_directory, old_name)
@@ -249,21 +254,18 @@ class Namespace:
             raise NameTaken(target.path)
         self._check_no_loop(moved, new_directory)
         if target is moved:
-            return moved
+            return moved, None
         if flags == RENAME_EXCHANGE and target is not None:
             self._check_no_loop(target, old_directory)
             self._swap(old_directory, old_name, new_directory, new_name)
-            return moved
+            return moved, None
         if target is not None:
             self._check_replaceable(moved, target)
             self._detach(new_directory, new_name, target)
-        moved.lookups += 1  # so that losing its only name does not drop it
         self._detach(old_directory, old_name, moved)
         self._attach(new_directory, new_name, moved)
-        moved.lookups -= 1
-        moved.touch(content=False)
         self._renamed(moved)
-        return moved
+        return moved, target
 
     def _swap(
         self,
@@ -330,7 +332,6 @@ class Namespace:
         directory.touch()
         node.touch(content=False)
         self._renamed(node)
-        self.drop_if_dead(node)
 
     def _renamed(self, node: Node) -> None:
         """Keep ``Region.name`` what the events call it; an unlinked region keeps its last name."""

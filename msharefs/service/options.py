@@ -18,9 +18,41 @@ _UNITS: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, 
 _SIZE = re.compile(r"(0x[0-9a-f]+|[0-9]+)([kmgtp]?)(?:i?b)?", re.IGNORECASE)
 
 _IGNORED: Final = frozenset(
-    "rw suid nosuid dev nodev exec async sync dirsync defaults auto noauto user nouser users"
-    " nofail _netdev owner group atime relatime norelatime strictatime diratime nodiratime"
-    " lazytime nolazytime iversion mand loud silent allow_other default_permissions".split()
+    [
+        "rw",
+        "suid",
+        "nosuid",
+        "dev",
+        "nodev",
+        "exec",
+        "async",
+        "sync",
+        "dirsync",
+        "defaults",
+        "auto",
+        "noauto",
+        "user",
+        "nouser",
+        "users",
+        "nofail",
+        "_netdev",
+        "owner",
+        "group",
+        "atime",
+        "relatime",
+        "norelatime",
+        "strictatime",
+        "diratime",
+        "nodiratime",
+        "lazytime",
+        "nolazytime",
+        "iversion",
+        "mand",
+        "loud",
+        "silent",
+        "allow_other",
+        "default_permissions",
+    ]
 )
 """Words of mount(8) and fuse(8) that change nothing here: nosuid, nodev, allow_other and
 default_permissions always hold, and reading a region never sets its atime."""

@@ -1,0 +1,250 @@
+"""The one road that every change of a region travels.
+
+Plan (pure) -> are there descriptors or mappings that lack a right it would give? -> memory is
+reserved -> the table is swapped -> memory that went is dropped -> events -> reply. A failure on
+the way undoes what was done before it, so the caller gets an errno and nothing has changed.
+
+What shares what: a region's ``lock`` is held by a change that has to wait for something (a
+census, a large hole to be punched). Such a change plans again once it has the lock. Everything
+else runs between two ticks of the loop and needs no lock, but must take the slow way while
+somebody holds it. Opens are not locked out: ``Region.begin`` tells them which rights are coming.
+
+If the caller is killed while its change waits, the change is given up as a whole; once memory is
+being dropped it is finished first.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import attrs
+import trio
+
+from msharefs.abi import Kind
+from msharefs.region.errors import RightsInUse
+from msharefs.region.events import Actor, Event, EventKind
+from msharefs.region.mapping import PROTS
+from msharefs.service.eventlog import Reader
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable
+
+    from msharefs.clients.census import MappedRange
+    from msharefs.memory.store import Store
+    from msharefs.region.mapping import Change
+    from msharefs.region.region import Resize
+    from msharefs.service.eventlog import EventLog, Ring
+    from msharefs.service.nodes import RegionFile
+
+INLINE_DROP: Final = 4 << 20
+"""Bytes. A hole up to this size is punched in the loop (under a millisecond, and a switch to a
+thread costs a tenth of that each way); a larger one that holds data is punched by a thread."""
+
+
+@attrs.define(eq=False)
+class RegionState:
+    """What the service keeps of a region beside its table: its ring, its lock, its counters."""
+
+    ring: Ring
+    lock: trio.Lock = attrs.field(factory=trio.Lock)
+    counters: dict[str, int] = attrs.field(factory=dict)
+
+    def count(self, name: str, by: int = 1) -> None:
+        self.counters[name] = self.counters.get(name, 0) + by
+
+
+@attrs.define(eq=False)
+class Changes:
+    """Carries changes out. ``census(ino)`` finds the live mappings of a region; it blocks."""
+
+    store: Store
+    log: EventLog
+    census: Callable[[int], list[MappedRange]]
+    _states: dict[int, RegionState] = attrs.field(factory=dict)
+
+    def state(self, file: RegionFile) -> RegionState:
+        """The region's state, made on first use."""
+        state = self._states.get(file.ino)
+        if state is None:
+            state = self._states[file.ino] = RegionState(self.log.new_region_ring())
+        return state
+
+    def dispose(self, file: RegionFile) -> None:
+        """The region has gone: give back what it had reserved and close its memory."""
+        self.store.reserve(-sum(m.size for m in file.region.table if m.object.kind is Kind.ANON))
+        state = self._states.pop(file.ino, None)
+        if state is not None:
+            state.ring.close()
+        file.backing.close()
+
+    def new_reader(self, file: RegionFile | None) -> Reader:
+        """A place in the region's stream of events, or in the whole mount's."""
+        return Reader(self.log.ring if file is None else self.state(file).ring)
+
+    def tell(self, file: RegionFile, event: Event) -> None:
+        """Put an event into the mount's log and the region's."""
+        state = self.state(file)
+        state.count(event.kind)
+        self.log.add(event, state.ring)
+
+    def refuse(
+        self, file: RegionFile, actor: Actor, via: str, errno_name: str, reason: str
+    ) -> None:
+        """Tell why something was refused, which an errno cannot."""
+        detail = (("error", errno_name), ("reason", reason))
+        self.tell(file, Event(EventKind.REFUSE, file.region.name, actor, via, detail=detail))
+
+    # -- mappings
+
+    def change(
+        self, file: RegionFile, plan: Callable[[], Change], event: Event
+    ) -> Awaitable[None] | None:
+        """Plan and carry out. None if it is done; else an awaitable that does it.
+
+        Raises what ``plan`` does, RightsInUse, NoSpace, or OSError from the memory.
+        """
+        state = self.state(file)
+        if state.lock.locked():
+            return self._change_slowly(file, state, plan, event)
+        change = plan()
+        file.region.check_descriptors(change)
+        if change.gained or _drops_much(file, change):
+            return self._change_slowly(file, state, plan, event)
+        self._begin(file, change)
+        try:
+            for start, end in _dropped(change):
+                file.backing.drop(start, end)
+        except BaseException:
+            self._undo(file, change)
+            raise
+        self._done(file, event)
+        return None
+
+    async def _change_slowly(
+        self, file: RegionFile, state: RegionState, plan: Callable[[], Change], event: Event
+    ) -> None:
+        async with state.lock:
+            change = plan()
+            file.region.check_descriptors(change)
+            file.region.begin(change)
+            try:
+                await self._check_mappings(file, change)
+                self._begin(file, change)
+                try:
+                    await _drop_in_thread(file, list(_dropped(change)))
+                except BaseException:
+                    self._undo(file, change)
+                    raise
+            finally:
+                file.region.end()
+            self._done(file, event)
+
+    async def _check_mappings(self, file: RegionFile, change: Change) -> None:
+        """Raises RightsInUse if a live mapping lacks a right that the region newly gives."""
+        gained = int(change.gained)
+        if not gained:
+            return
+        found = await trio.to_thread.run_sync(self.census, file.ino, abandon_on_cancel=True)
+        for mapped in found:
+            lacking = gained & ~int(mapped.prot)
+            if lacking:
+                raise RightsInUse(
+                    f"process {mapped.pid} maps the region {mapped.prot.text()}, which lacks"
+                    f" {PROTS[lacking].text()} that the region would newly give"
+                )
+
+    def _begin(self, file: RegionFile, change: Change) -> None:
+        delta = _anonymous_delta(change)
+        self.store.reserve(delta)
+        try:
+            file.region.apply(change)
+        except BaseException:
+            self.store.reserve(-delta)
+            raise
+
+    def _undo(self, file: RegionFile, change: Change) -> None:
+        file.region.apply(change.inverse())
+        self.store.reserve(-_anonymous_delta(change))
+
+    def _done(self, file: RegionFile, event: Event) -> None:
+        file.touch()
+        self.tell(file, event)
+
+    # -- size
+
+    async def resize(self, file: RegionFile, size: int, actor: Actor, via: str) -> None:
+        """Set the region's size in bytes; what lies past the end is unmapped and freed."""
+        async with self.state(file).lock:
+            await self._resize_locked(file, size, actor, via)
+
+    async def grow(self, file: RegionFile, size: int, actor: Actor, via: str) -> None:
+        """As fallocate(2): at least ``size`` bytes, never fewer than before."""
+        async with self.state(file).lock:
+            await self._resize_locked(file, max(size, file.region.size), actor, via)
+
+    async def _resize_locked(self, file: RegionFile, size: int, actor: Actor, via: str) -> None:
+        resize = file.region.plan_resize(size)
+        self._apply_resize(file, resize)
+        try:
+            if resize.change.ranges:
+                await trio.to_thread.run_sync(file.backing.resize, size)
+            else:
+                file.backing.resize(size)
+        except BaseException:
+            file.region.apply(resize.change.inverse())
+            file.region.size = resize.old_size
+            self.store.reserve(-_anonymous_delta(resize.change))
+            raise
+        detail = (("old", resize.old_size),)
+        event = Event(EventKind.RESIZE, file.region.name, actor, via, length=size, detail=detail)
+        self._done(file, event)
+
+    def _apply_resize(self, file: RegionFile, resize: Resize) -> None:
+        self.store.reserve(_anonymous_delta(resize.change))
+        file.region.apply_resize(resize)
+
+
+def _anonymous_delta(change: Change) -> int:
+    """Bytes of the region's own memory that may be touched after, minus before."""
+    return sum(m.size for m in change.added if m.object.kind is Kind.ANON) - sum(
+        m.size for m in change.removed if m.object.kind is Kind.ANON
+    )
+
+
+def _dropped(change: Change) -> Iterable[tuple[int, int]]:
+    """The ranges whose memory goes, neighbours joined.
+
+    Also where memory newly comes over a hole: a program may have touched the hole through its
+    mapping, and new anonymous memory reads as zeroes.
+    """
+    start = end = 0
+    for part in change.ranges:
+        if part.old is not None and not part.replaced:
+            continue
+        if part.start != end:
+            if end > start:
+                yield start, end
+            start = part.start
+        end = part.end
+    if end > start:
+        yield start, end
+
+
+def _drops_much(file: RegionFile, change: Change) -> bool:
+    return any(
+        end - start > INLINE_DROP and file.backing.holds_data(start, end)
+        for start, end in _dropped(change)
+    )
+
+
+async def _drop_in_thread(file: RegionFile, ranges: list[tuple[int, int]]) -> None:
+    """Punch the holes; not to be given up half-way, as the caller's death would ask."""
+
+    def drop() -> None:
+        for start, end in ranges:
+            file.backing.drop(start, end)
+
+    if any(end - start > INLINE_DROP for start, end in ranges):
+        await trio.to_thread.run_sync(drop)
+    else:
+        drop()

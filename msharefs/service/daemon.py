@@ -1,0 +1,150 @@
+"""The life of a mount: put the parts together, serve, clean up.
+
+When it ends: unmounted from outside, SIGINT or SIGTERM (unmounts; lazily if it is in use). What
+outlives it: programs that map a region keep their memory until they unmap it or end. If the
+process is killed instead, the mount point answers ENOTCONN until ``umount -l``; mappings go on
+working all the same.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import os
+import resource
+import signal
+from typing import TYPE_CHECKING
+
+import trio
+
+from msharefs.abi import Feature
+from msharefs.clients.census import MappedRange, mapped_ranges
+from msharefs.fuse.handlers import Handlers
+from msharefs.fuse.mount import MountOptions as KernelOptions
+from msharefs.fuse.mount import find_mounts, mount, mount_at, unmount
+from msharefs.fuse.session import Session
+from msharefs.memory.store import Store
+from msharefs.service import systemd
+from msharefs.service.changes import Changes
+from msharefs.service.errors import errno_of
+from msharefs.service.eventlog import EventLog
+from msharefs.service.files import Files
+from msharefs.service.filesystem import Filesystem
+from msharefs.service.handles import Handles
+from msharefs.service.ioctls import Ioctls
+from msharefs.service.nodes import Namespace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from msharefs.fuse.router import Router
+    from msharefs.service.options import MountOptions
+
+log = logging.getLogger(__name__)
+
+FEATURES = Feature.PROTECT | Feature.QUERY | Feature.EVENTS
+
+
+def run(mountpoint: str, options: MountOptions, *, ready: Callable[[], None]) -> None:
+    """Mount and serve until SIGINT, SIGTERM or an unmount from outside. Blocks.
+
+    ``ready`` is called once the mount answers. Raises OSError with one readable line if it cannot
+    be mounted.
+    """
+    _allow_many_files()
+    store = _open_store(options)
+    try:
+        trio.run(_serve, mountpoint, options, store, ready)
+    finally:
+        store.close()
+
+
+async def _serve(
+    mountpoint: str, options: MountOptions, store: Store, ready: Callable[[], None]
+) -> None:
+    kernel_options = KernelOptions(read_only=options.read_only, noexec=options.noexec)
+    device = mount(mountpoint, source=options.source, options=kernel_options)
+    try:
+        found = mount_at(mountpoint)
+        assert found is not None, "the mount is in the table from mount(2) on"
+        number = os.makedev(*found.device)
+        changes = Changes(store, EventLog(options.events), census=_census_of(number))
+        namespace = Namespace(
+            root_mode=options.root_mode,
+            uid=options.uid,
+            gid=options.gid,
+            new_backing=store.new_backing,
+            dropped=changes.dispose,
+        )
+        handles = Handles()
+        files = Files(handles, changes)
+        features = FEATURES | (Feature.HUGE if options.huge not in {None, "never"} else Feature(0))
+        ioctls = Ioctls(handles, changes, features=features, region_devices=_region_devices)
+        handlers = Handlers(
+            ioctl=ioctls,
+            fallocate=files.fallocate,
+            read=files.read,
+            write=files.write,
+            opened=files.opened,
+            errno_of=errno_of,
+        )
+        operations = Filesystem(namespace, handles, changes, store)
+        session = Session(operations, device, handlers, mountpoint=mountpoint)
+    except BaseException:
+        os.close(device)
+        unmount(mountpoint, detach=True)
+        raise
+
+    def announce(_router: Router) -> None:
+        gc.freeze()  # what is here stays: keep it out of every later collection
+        log.info("mounted on %s", mountpoint)
+        systemd.notify(READY="1", STATUS=f"serving {mountpoint}", MAINPID=str(os.getpid()))
+        ready()
+
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(_stop_on_signal, session)
+            await session.run(announce)
+            nursery.cancel_scope.cancel()
+    finally:
+        namespace.clear()
+        handles.clear()
+    log.info("unmounted %s", mountpoint)
+
+
+async def _stop_on_signal(
+    session: Session, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as received:
+        task_status.started()
+        async for number in received:
+            log.info("%s: unmounting", signal.Signals(number).name)
+            systemd.notify(STOPPING="1")
+            session.request_stop()
+
+
+def _census_of(device: int) -> Callable[[int], list[MappedRange]]:
+    return lambda ino: mapped_ranges(device, ino)
+
+
+def _region_devices() -> frozenset[int]:
+    return frozenset(os.makedev(*found.device) for found in find_mounts())
+
+
+def _open_store(options: MountOptions) -> Store:
+    try:
+        return Store.open(limit=options.limit, huge=options.huge)
+    except OSError as error:
+        hint = {
+            errno.EPERM: "needs root (CAP_SYS_ADMIN)",
+            errno.EINVAL: "this kernel's tmpfs does not take it",
+            errno.ENOSYS: "needs Linux 5.2 or newer",
+        }.get(error.errno or 0, str(error))
+        raise OSError(error.errno, f"cannot make the memory for size= or huge=: {hint}") from error
+
+
+def _allow_many_files() -> None:
+    """A region costs a descriptor, and a census one for a moment."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,0 +1,421 @@
+"""The namespace as pyfuse3 serves it.
+
+For: translating between requests (inode numbers, handles, attributes) and the objects of
+``nodes.py``, ``control.py``, ``handles.py`` and ``changes.py``. Nothing is decided here that one
+of those could decide; errors of every kind pass through ``errors.py``. Reading, writing and the
+ioctls of open files are not here: ``files.py`` and ``ioctls.py`` answer those to the router.
+
+The kernel checks permissions (``default_permissions``) and keeps names and directory attributes
+for as long as it likes, since all changes pass through it. A region's attributes are asked for
+each time: its ``st_blocks`` changes with every page that a program touches.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+import time
+from typing import TYPE_CHECKING, Final
+
+import pyfuse3
+import trio
+from pyfuse3 import EntryAttributes, FileInfo
+
+from msharefs.abi import PAGE_SIZE
+from msharefs.clients.identity import identify
+from msharefs.region.errors import RegionError
+from msharefs.region.events import NOBODY, Actor, Event, EventKind
+from msharefs.service import control
+from msharefs.service.control import ControlNode, ControlTree, Slot
+from msharefs.service.errors import (
+    IsADirectory,
+    NotOpenForThat,
+    Reserved,
+    errno_of,
+    guarded,
+)
+from msharefs.service.handles import (
+    DirectoryHandle,
+    EventsHandle,
+    Handle,
+    Handles,
+    RegionHandle,
+    TextHandle,
+    access_of,
+)
+from msharefs.service.nodes import (
+    CONTROL_NAME,
+    INFO_INO,
+    INFO_NAME,
+    NAME_MAX,
+    Directory,
+    Namespace,
+    Node,
+    RegionFile,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pyfuse3 import (
+        PollHandle,
+        ReaddirToken,
+        RequestContext,
+        SetattrFields,
+        StatvfsData,
+    )
+
+    from msharefs.memory.store import Store
+    from msharefs.service.changes import Changes
+
+FOR_EVER: Final = 86_400.0
+"""Seconds that the kernel may keep a name, or a directory's attributes."""
+
+ALWAYS_READY: Final = select.POLLIN | select.POLLOUT | select.POLLRDNORM | select.POLLWRNORM
+READABLE: Final = select.POLLIN | select.POLLRDNORM
+
+
+@guarded
+class Filesystem(pyfuse3.Operations):
+    """One mount's operations."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = False
+
+    def __init__(
+        self, namespace: Namespace, handles: Handles, changes: Changes, store: Store
+    ) -> None:
+        super().__init__()
+        self._names = namespace
+        self._control = ControlTree(namespace)
+        self._handles = handles
+        self._changes = changes
+        self._store = store
+
+    # -- names
+
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        parent = self._control.node(parent_inode)
+        if parent is not None:
+            return self._control_attributes(self._control.lookup(parent, name))
+        directory = self._names.directory(parent_inode)
+        if directory is self._names.root:
+            special = self._control.in_root(name)
+            if special is not None:
+                return self._control_attributes(special)
+        return self._entry(self._names.lookup(directory, name))
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        for ino, lookups in inode_list:
+            self._names.forget(ino, lookups)
+
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        file = self._names.create_region(
+            self._directory(parent_inode), name, mode, ctx.uid, ctx.gid
+        )
+        number = self._open_region(file, flags, ctx.pid, created=True)
+        return _file_info(number), self._entry(file)
+
+    async def mknod(
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        if not stat.S_ISREG(mode):
+            raise Reserved("only regions and directories live here")
+        directory = self._directory(parent_inode)
+        return self._entry(self._names.create_region(directory, name, mode, ctx.uid, ctx.gid))
+
+    async def symlink(
+        self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext
+    ) -> EntryAttributes:
+        raise Reserved("only regions and directories live here")
+
+    async def mkdir(
+        self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        directory = self._directory(parent_inode)
+        return self._entry(self._names.make_directory(directory, name, mode, ctx.uid, ctx.gid))
+
+    async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        directory = self._directory(parent_inode)
+        path = self._names.lookup(directory, name).path if name in directory.entries else ""
+        file = self._names.unlink(directory, name)
+        self._unlinked(file, path, ctx.pid, "unlink")
+
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        directory = self._directory(parent_inode)
+        self._names.drop_if_dead(self._names.remove_directory(directory, name))
+
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: RequestContext,
+    ) -> None:
+        old, new = self._directory(parent_inode_old), self._directory(parent_inode_new)
+        paths = {node: node.path for node in (old.entries.get(name_old),) if node is not None}
+        moved, replaced = self._names.rename(old, name_old, new, name_new, flags)
+        if isinstance(replaced, RegionFile):
+            self._unlinked(replaced, replaced.region.name, ctx.pid, "rename")
+        elif replaced is not None:
+            self._names.drop_if_dead(replaced)
+        if isinstance(moved, RegionFile):
+            detail = (("old", paths[moved]),)
+            actor = _actor(ctx.pid)
+            self._changes.tell(
+                moved, Event(EventKind.RENAME, moved.path, actor, "rename", detail=detail)
+            )
+
+    async def link(
+        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext
+    ) -> EntryAttributes:
+        directory = self._directory(new_parent_inode)
+        node = self._node(inode)
+        self._names.link(node, directory, new_name)
+        return self._entry(node)
+
+    # -- attributes
+
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        special = self._control.node(inode)
+        if special is not None:
+            return self._control_attributes(special)
+        return _attributes(self._names.node(inode))
+
+    async def setattr(
+        self,
+        inode: int,
+        attr: EntryAttributes,
+        fields: SetattrFields,
+        fh: int | None,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        node = self._node(inode)
+        if fields.update_size:
+            file = self._names.region_file(inode)
+            via = "truncate" if fh is None else "ftruncate"
+            await self._changes.resize(file, attr.st_size, _actor(ctx.pid), via)
+        if fields.update_mode:
+            node.mode = stat.S_IFMT(node.mode) | stat.S_IMODE(attr.st_mode)
+        if fields.update_uid:
+            node.uid = attr.st_uid
+        if fields.update_gid:
+            node.gid = attr.st_gid
+        if fields.update_atime:
+            node.atime_ns = attr.st_atime_ns
+        if fields.update_mtime:
+            node.mtime_ns = attr.st_mtime_ns
+        node.ctime_ns = time.time_ns()
+        return _attributes(node)
+
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        usage = self._store.usage()
+        answer = pyfuse3.StatvfsData()
+        answer.f_bsize = answer.f_frsize = PAGE_SIZE
+        answer.f_blocks = usage.total // PAGE_SIZE
+        answer.f_bfree = answer.f_bavail = usage.free // PAGE_SIZE
+        answer.f_files = answer.f_ffree = answer.f_favail = 0  # no limit, as btrfs says it
+        answer.f_namemax = NAME_MAX
+        return answer
+
+    # -- directories
+
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        special = self._control.node(inode)
+        if special is not None:
+            entries = [(name, child.ino) for name, child in self._control.children(special)]
+            parent = self._control.parent_ino(special)
+        else:
+            directory = self._names.directory(inode)
+            entries = [(name, node.ino) for name, node in directory.entries.items()]
+            parent = directory.links[0][0].ino if directory.links else directory.ino
+            if directory is self._names.root:
+                made_up = (INFO_NAME, CONTROL_NAME)
+                entries[:0] = [
+                    (name, node.ino)
+                    for name in made_up
+                    if (node := self._control.in_root(name)) is not None
+                ]
+        return self._handles.add(DirectoryHandle([(b".", inode), (b"..", parent), *entries]))
+
+    async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
+        handle = self._handles.get(fh)
+        if not isinstance(handle, DirectoryHandle):
+            raise NotOpenForThat("not a directory")
+        for index in range(start_id, len(handle.entries)):
+            name, ino = handle.entries[index]
+            try:
+                special = self._control.node(ino)
+                if special is not None:
+                    entry = self._control_attributes(special)
+                    node = None
+                else:
+                    node = self._names.node(ino)
+                    entry = _attributes(node)
+            except Exception as error:  # noqa: BLE001 - removed since opendir(): not listed
+                errno_of(error, "readdir")
+                continue
+            if not pyfuse3.readdir_reply(token, name, entry, index + 1):
+                return
+            if node is not None and name not in {b".", b".."}:
+                node.lookups += 1
+
+    async def releasedir(self, fh: int) -> None:
+        self._handles.remove(fh)
+
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        """Nothing here outlives the mount."""
+
+    # -- files
+
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        special = self._control.node(inode)
+        if special is not None:
+            return _file_info(self._handles.add(await self._open_control(special)))
+        file = self._names.region_file(inode)
+        number = self._open_region(file, flags, ctx.pid)
+        if flags & os.O_TRUNC and file.region.size:
+            try:
+                actor = self._handles.region(number).actor(ctx.pid)
+                await self._changes.resize(file, 0, actor, "open")
+            except BaseException:
+                self._close(number)
+                raise
+        return _file_info(number)
+
+    async def release(self, fh: int) -> None:
+        self._close(fh)
+
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        """Anonymous memory has no storage to reach."""
+
+    async def poll(
+        self, inode: int, fh: int, poll_handle: PollHandle | None, ctx: RequestContext
+    ) -> int:
+        handle = self._handles.get(fh)
+        if not isinstance(handle, EventsHandle):
+            return ALWAYS_READY
+        handle.disarm()
+        if handle.reader.ready:
+            return READABLE
+        if poll_handle is not None:
+            handle.wake = poll_handle.notify
+            handle.reader.call_when_ready(handle.wake)
+        return 0
+
+    # -- helpers
+
+    def _node(self, ino: int) -> Node:
+        """A node that a user may change. Raises Reserved for those that the mount makes up."""
+        if self._control.node(ino) is not None:
+            raise Reserved("belongs to the mount")
+        return self._names.node(ino)
+
+    def _directory(self, ino: int) -> Directory:
+        if self._control.node(ino) is not None:
+            raise Reserved("belongs to the mount")
+        return self._names.directory(ino)
+
+    def _entry(self, node: Node) -> EntryAttributes:
+        """Attributes in a reply that gives the kernel one more reference to the node."""
+        node.lookups += 1
+        return _attributes(node)
+
+    def _open_region(self, file: RegionFile, flags: int, tid: int, *, created: bool = False) -> int:
+        access = access_of(flags)
+        handle = RegionHandle(file, access)
+        actor = handle.actor(tid)
+        try:
+            file.region.opened(access)
+        except RegionError as error:
+            self._changes.refuse(file, actor, "open", "EACCES", str(error))
+            raise
+        file.opens += 1
+        detail = (("access", access.text()[:2]), ("created", int(created)))
+        self._changes.tell(
+            file, Event(EventKind.OPEN, file.region.name, actor, "open", detail=detail)
+        )
+        return self._handles.add(handle)
+
+    async def _open_control(self, node: ControlNode) -> Handle:
+        if node.ino == INFO_INO:
+            return TextHandle(control.info_text())
+        if node.is_directory:
+            raise IsADirectory("a control directory")
+        if node.slot is Slot.EVENTS:
+            if isinstance(node.owner, RegionFile):
+                return EventsHandle(self._changes.new_reader(node.owner))
+            return EventsHandle(self._changes.new_reader(None))
+        file = node.owner
+        if not isinstance(file, RegionFile):
+            raise IsADirectory("a control directory")
+        if node.slot is Slot.MAPS:
+            return TextHandle(control.maps_text(tuple(file.region.table)))
+        if node.slot is Slot.STATS:
+            return TextHandle(control.stats_text(file, self._changes.state(file)))
+        found = await trio.to_thread.run_sync(self._changes.census, file.ino)
+        return TextHandle(control.clients_text(found))
+
+    def _close(self, number: int) -> None:
+        handle = self._handles.remove(number)
+        if isinstance(handle, EventsHandle):
+            handle.disarm()
+        elif isinstance(handle, RegionHandle):
+            handle.file.region.closed(handle.access)
+            handle.file.opens -= 1
+            self._names.drop_if_dead(handle.file)
+
+    def _unlinked(self, file: RegionFile, path: str, tid: int, via: str) -> None:
+        """Tell of a name that has gone, then let go of the region if that was its last user."""
+        self._changes.tell(file, Event(EventKind.UNLINK, path, _actor(tid), via))
+        self._names.drop_if_dead(file)
+
+    def _control_attributes(self, node: ControlNode) -> EntryAttributes:
+        entry = EntryAttributes()
+        owner = node.owner
+        entry.st_ino = node.ino
+        entry.st_mode = node.mode
+        entry.st_nlink = 2 if node.is_directory else 1
+        entry.st_uid, entry.st_gid = owner.uid, owner.gid
+        entry.st_atime_ns = entry.st_mtime_ns = owner.mtime_ns
+        entry.st_ctime_ns = owner.ctime_ns
+        entry.st_blksize = PAGE_SIZE
+        if node.ino == INFO_INO:
+            entry.st_size = sum(map(len, control.info_text()))
+        # Such a node comes and goes with its owner, without the kernel knowing why.
+        entry.entry_timeout = entry.attr_timeout = 0
+        return entry
+
+
+def _attributes(node: Node) -> EntryAttributes:
+    entry = EntryAttributes()
+    entry.st_ino = node.ino
+    entry.st_mode = node.mode
+    entry.st_uid, entry.st_gid = node.uid, node.gid
+    entry.st_atime_ns, entry.st_mtime_ns = node.atime_ns, node.mtime_ns
+    entry.st_ctime_ns = node.ctime_ns
+    entry.st_blksize = PAGE_SIZE
+    entry.entry_timeout = FOR_EVER
+    if isinstance(node, RegionFile):
+        entry.st_nlink = node.nlink
+        entry.st_size = node.region.size
+        entry.st_blocks = node.backing.allocated // 512
+        entry.attr_timeout = 0
+    elif isinstance(node, Directory):
+        entry.st_nlink = node.nlink
+        entry.attr_timeout = FOR_EVER
+    return entry
+
+
+def _file_info(number: int) -> FileInfo:
+    return FileInfo(fh=number, direct_io=True)
+
+
+def _actor(tid: int) -> Actor:
+    return identify(tid) if tid else NOBODY

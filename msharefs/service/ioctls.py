@@ -1,0 +1,274 @@
+"""The ioctls of a region: from a decoded request to a planned change, and back.
+
+Checks stand in this order: the file has that command (ENOTTY), the descriptor may change the
+table (EACCES), then the arguments as ``region/`` judges them. A refusal by a rule is told to the
+event log with its reason, since an errno says little.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from msharefs.abi import (
+    PAGE_SIZE,
+    Args,
+    Command,
+    CreateArgs,
+    Feature,
+    Gate,
+    InfoArgs,
+    MapFlag,
+    NotifyArgs,
+    NotifyEvent,
+    NotifyMode,
+    OnTimeout,
+    ProtectArgs,
+    QueryArgs,
+    QueryFlag,
+    SyncArgs,
+    UnmapArgs,
+)
+from msharefs.clients.identity import duplicate_descriptor
+from msharefs.fuse.handlers import IoctlReply
+from msharefs.memory.objects import examine
+from msharefs.region.errors import BadArgument, NothingThere, RegionError, Unsupported
+from msharefs.region.events import Event, EventKind
+from msharefs.region.mapping import PROTS
+from msharefs.region.region import check_may_change
+from msharefs.service.errors import NotAnIoctl, errno_of
+from msharefs.service.handles import DirectoryHandle, RegionHandle
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from msharefs.fuse.wire import IoctlRequest
+    from msharefs.region.mapping import Change
+    from msharefs.service.changes import Changes
+    from msharefs.service.handles import Handles
+
+DONE: Final = IoctlReply()
+SIGNAL_MAX: Final = 64
+
+_Args = TypeVar("_Args", bound=Args)
+_COMMANDS: Final = {int(command): command for command in Command}
+
+
+class Ioctls:
+    """Answers FUSE_IOCTL. ``region_devices`` tells which devices hold regions, to refuse nesting."""
+
+    def __init__(
+        self,
+        handles: Handles,
+        changes: Changes,
+        *,
+        features: Feature,
+        region_devices: Callable[[], frozenset[int]],
+    ) -> None:
+        self._handles = handles
+        self._changes = changes
+        self._features = features
+        self._region_devices = region_devices
+        self._handlers: dict[
+            Command,
+            Callable[[RegionHandle, bytes, int], IoctlReply | Awaitable[IoctlReply]],
+        ] = {
+            Command.CREATE_MAPPING: self._create_mapping,
+            Command.CREATE_MAPPING_I386: self._create_mapping,
+            Command.UNMAP: self._unmap,
+            Command.PROTECT: self._protect,
+            Command.QUERY: self._query,
+            Command.NOTIFY: self._notify,
+            Command.SYNC: self._sync,
+        }
+
+    def __call__(self, request: IoctlRequest) -> IoctlReply | Awaitable[IoctlReply]:
+        """Raises what :func:`~msharefs.service.errors.errno_of` can translate."""
+        command = _COMMANDS.get(request.cmd)
+        if command is None:
+            raise NotAnIoctl(f"ioctl {request.cmd:#x}")
+        handle = self._handles.get(request.fh)
+        if command is Command.INFO and isinstance(handle, RegionHandle | DirectoryHandle):
+            return self._info(handle)
+        if not isinstance(handle, RegionHandle):
+            raise NotAnIoctl(f"{command.name} of something that is no region")
+        try:
+            outcome = self._handlers[command](handle, request.data, request.pid)
+        except RegionError as error:
+            self._refused(handle, command, request.pid, error)
+            raise
+        if isinstance(outcome, IoctlReply):
+            return outcome
+        return self._finish(handle, command, request.pid, outcome)
+
+    async def _finish(
+        self, handle: RegionHandle, command: Command, tid: int, outcome: Awaitable[IoctlReply]
+    ) -> IoctlReply:
+        try:
+            return await outcome
+        except RegionError as error:
+            self._refused(handle, command, tid, error)
+            raise
+
+    def _refused(
+        self, handle: RegionHandle, command: Command, tid: int, error: RegionError
+    ) -> None:
+        if isinstance(error, NothingThere):
+            return  # how a program walks the table to its end, not a refusal
+        code = errno.errorcode[errno_of(error, command.name)]
+        via = command.name.removesuffix("_I386")
+        self._changes.refuse(handle.file, handle.actor(tid), via, code, str(error))
+
+    # -- changes
+
+    def _create_mapping(
+        self, handle: RegionHandle, data: bytes, tid: int
+    ) -> IoctlReply | Awaitable[IoctlReply]:
+        args = _unpack(CreateArgs, data)
+        region = handle.file.region
+        region.check_sized()
+        check_may_change(handle.access)
+        if not args.flags & MapFlag.ANONYMOUS:
+            return self._map_object(handle, args, tid)
+        prot = args.prot
+        detail = (("prot", PROTS[prot & 7].text()),)
+        return self._change(
+            handle,
+            tid,
+            EventKind.MAP,
+            args.region_offset,
+            args.size,
+            detail,
+            lambda: region.plan_map(args.region_offset, args.size, prot, args.flags),
+        )
+
+    def _map_object(self, handle: RegionHandle, args: CreateArgs, tid: int) -> IoctlReply:
+        """A file: everything is checked, but mounts like this one hold memory only."""
+        handle.file.region.check_map(args.region_offset, args.size, args.prot, args.flags)
+        if args.offset % PAGE_SIZE:
+            raise BadArgument(f"object offset {args.offset:#x} is not a multiple of {PAGE_SIZE}")
+        if args.offset + args.size >= 1 << 63:
+            raise BadArgument(f"object offset {args.offset:#x} plus the size overflows")
+        fd = duplicate_descriptor(tid, args.fd)
+        try:
+            examine(fd, PROTS[args.prot], self._region_devices())
+        finally:
+            os.close(fd)
+        raise Unsupported("file objects are not supported by this mount; use MAP_ANONYMOUS")
+
+    def _unmap(
+        self, handle: RegionHandle, data: bytes, tid: int
+    ) -> IoctlReply | Awaitable[IoctlReply]:
+        args = _unpack(UnmapArgs, data)
+        region = handle.file.region
+        region.check_sized()
+        check_may_change(handle.access)
+        return self._change(
+            handle,
+            tid,
+            EventKind.UNMAP,
+            args.region_offset,
+            args.size,
+            (),
+            lambda: region.plan_unmap(args.region_offset, args.size),
+        )
+
+    def _protect(
+        self, handle: RegionHandle, data: bytes, tid: int
+    ) -> IoctlReply | Awaitable[IoctlReply]:
+        args = _unpack(ProtectArgs, data)
+        region = handle.file.region
+        region.check_sized()
+        check_may_change(handle.access)
+        return self._change(
+            handle,
+            tid,
+            EventKind.PROTECT,
+            args.region_offset,
+            args.size,
+            (("prot", PROTS[args.prot & 7].text()),),
+            lambda: region.plan_protect(args.region_offset, args.size, args.prot, args.flags),
+        )
+
+    def _change(
+        self,
+        handle: RegionHandle,
+        tid: int,
+        kind: EventKind,
+        offset: int,
+        length: int,
+        detail: tuple[tuple[str, str | int], ...],
+        plan: Callable[[], Change],
+    ) -> IoctlReply | Awaitable[IoctlReply]:
+        file = handle.file
+        event = Event(kind, file.region.name, handle.actor(tid), "ioctl", offset, length, detail)
+        pending = self._changes.change(file, plan, event)
+        return DONE if pending is None else _then_done(pending)
+
+    # -- looking
+
+    def _query(self, handle: RegionHandle, data: bytes, _tid: int) -> IoctlReply:
+        args = _unpack(QueryArgs, data)
+        region = handle.file.region
+        region.check_sized()
+        if args.query_flags & ~int(QueryFlag.NEXT) or args.reserved:
+            raise BadArgument("unknown query_flags, or a reserved field that is not zero")
+        or_next = bool(args.query_flags & QueryFlag.NEXT)
+        found = region.query(args.region_offset, or_next=or_next)
+        answer = QueryArgs(
+            region_offset=args.region_offset,
+            query_flags=args.query_flags,
+            start=found.start,
+            size=found.size,
+            object_offset=found.object_offset,
+            object_ino=found.object.ino,
+            object_dev_major=found.object.dev_major,
+            object_dev_minor=found.object.dev_minor,
+            prot=int(found.prot),
+            map_flags=found.flags,
+            kind=found.object.kind,
+        )
+        return IoctlReply(data=answer.pack())
+
+    def _info(self, handle: RegionHandle | DirectoryHandle) -> IoctlReply:
+        """Also of a directory, and before a region has its size: one needs the alignment then."""
+        size = handle.file.region.size if isinstance(handle, RegionHandle) else 0
+        answer = InfoArgs(
+            gate=Gate.NONE, features=int(self._features), alignment=PAGE_SIZE, region_size=size
+        )
+        return IoctlReply(data=answer.pack())
+
+    # -- checked, and not to be had yet
+
+    def _notify(self, handle: RegionHandle, data: bytes, _tid: int) -> IoctlReply:
+        args = _unpack(NotifyArgs, data)
+        handle.file.region.check_range(args.region_offset, args.size)
+        check_may_change(handle.access)
+        if args.events & ~int(NotifyEvent.WRITE | NotifyEvent.READ) or args.flags:
+            raise BadArgument("unknown events, or flags that are not zero")
+        if args.mode not in set(NotifyMode) or args.on_timeout not in set(OnTimeout):
+            raise BadArgument(f"unknown mode {args.mode} or on_timeout {args.on_timeout}")
+        if args.mode == NotifyMode.SIGNAL and not 1 <= args.signo <= SIGNAL_MAX:
+            raise BadArgument(f"signal {args.signo} does not exist")
+        raise Unsupported("this mount does not watch ranges")
+
+    def _sync(self, handle: RegionHandle, data: bytes, _tid: int) -> IoctlReply:
+        args = _unpack(SyncArgs, data)
+        handle.file.region.check_range(args.region_offset, args.size)
+        if args.flags or args.reserved:
+            raise BadArgument("flags and reserved must be zero")
+        raise Unsupported("this mount has no file objects to sync")
+
+
+async def _then_done(pending: Awaitable[None]) -> IoctlReply:
+    await pending
+    return DONE
+
+
+def _unpack(kind: type[_Args], data: bytes) -> _Args:
+    try:
+        return kind.unpack(data)
+    except struct.error:
+        raise BadArgument(f"{len(data)} bytes are no {kind.NAME}") from None
