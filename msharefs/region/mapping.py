@@ -11,6 +11,8 @@ from msharefs.abi import PROT_ALL, Kind, MapFlag, Prot
 PROTS: Final = tuple(Prot(value) for value in range(8))
 """Prot by number. Building an IntFlag costs a microsecond, looking it up does not."""
 
+_ANON: Final = Kind.ANON
+
 
 @attrs.frozen
 class ObjectRef:
@@ -58,7 +60,7 @@ class Mapping:
             return self
         low, high = max(start, self.start), min(end, self.end)
         offset = self.object_offset
-        if self.object.kind is not Kind.ANON:
+        if self.object.kind is not _ANON:
             offset += low - self.start
         return Mapping(low, high, self.prot, self.object, offset, self.max_prot, self.flags)
 
@@ -82,7 +84,7 @@ class Mapping:
             and before.max_prot == self.max_prot
             and before.flags == self.flags
             and (
-                self.object.kind is Kind.ANON
+                self.object.kind is _ANON
                 or before.object_offset + before.size == self.object_offset
             )
         )
@@ -112,7 +114,7 @@ class RangeChange:
     end: int
     old: Mapping | None
     new: Mapping | None
-    replaced: bool
+    replaced: bool = False
 
     @property
     def gained(self) -> Prot:
@@ -125,6 +127,11 @@ class RangeChange:
         if self.replaced:
             return PROTS[_rights(self.old)]
         return PROTS[_rights(self.old) & ~_rights(self.new)]
+
+    def inverse(self) -> RangeChange:
+        """The way back. What had come over a hole goes, and over a hole nothing goes."""
+        replaced = self.new is not None and (self.replaced or self.old is None)
+        return RangeChange(self.start, self.end, self.new, self.old, replaced)
 
 
 @attrs.frozen
@@ -161,9 +168,7 @@ class Change:
             version=self.version + 1,
             removed=self.added,
             added=self.removed,
-            ranges=tuple(
-                RangeChange(r.start, r.end, r.new, r.old, r.replaced) for r in self.ranges
-            ),
+            ranges=tuple(r.inverse() for r in self.ranges),
             rights_before=self.rights_after,
             rights_after=self.rights_before,
         )

@@ -17,7 +17,7 @@ from typing import Final
 
 import attrs
 
-from msharefs.abi import MAP_TYPE, PROT_ALL, MapFlag, Prot
+from msharefs.abi import MAP_TYPE, PROT_ALL, Kind, MapFlag, Prot
 from msharefs.region.errors import (
     AccessDenied,
     AccessHole,
@@ -38,6 +38,14 @@ KNOWN_FLAGS: Final = int(
     | MapFlag.NORESERVE
     | MapFlag.FIXED_NOREPLACE
 )
+
+# Plain numbers: `&` of a number with an IntFlag takes a microsecond and is done on every call.
+_SHARING: Final = frozenset({int(MapFlag.SHARED), int(MapFlag.SHARED_VALIDATE)})
+_SHARED: Final = int(MapFlag.SHARED)
+_FIXED: Final = int(MapFlag.FIXED)
+_FIXED_NOREPLACE: Final = int(MapFlag.FIXED_NOREPLACE)
+_ANONYMOUS: Final = int(MapFlag.ANONYMOUS)
+_NO_PROT: Final = ~int(PROT_ALL)
 
 READ_ONLY: Final = Prot.READ | Prot.EXEC
 WRITE_ONLY: Final = Prot.WRITE
@@ -141,20 +149,18 @@ class Region:
     ) -> Change:
         """CREATE_MAPPING. Bytes; flags and prot with mmap(2)'s values, checked here."""
         end = self.check_map(offset, size, prot, flags)
-        if obj is ANON:
+        if obj.kind is Kind.ANON:
             object_offset = 0
-        kept = MapFlag.SHARED | (flags & MapFlag.ANONYMOUS)
-        mapping = Mapping(
-            offset, end, PROTS[prot], obj, object_offset, max_prot=max_prot, flags=int(kept)
-        )
-        return self.table.plan_map(mapping, replace=not flags & MapFlag.FIXED_NOREPLACE)
+        kept = _SHARED | flags & _ANONYMOUS
+        mapping = Mapping(offset, end, PROTS[prot], obj, object_offset, max_prot, kept)
+        return self.table.plan_map(mapping, replace=not flags & _FIXED_NOREPLACE)
 
     def check_map(self, offset: int, size: int, prot: int, flags: int) -> int:
         """The checks of CREATE_MAPPING that need no object. Returns the range's end."""
         end = self.check_range(offset, size)
-        if flags & MAP_TYPE not in {MapFlag.SHARED, MapFlag.SHARED_VALIDATE}:
+        if flags & MAP_TYPE not in _SHARING:
             raise BadArgument("only MAP_SHARED objects may lie in a region")
-        if not flags & MapFlag.FIXED:
+        if not flags & _FIXED:
             raise BadArgument("MAP_FIXED is required: the region does not choose offsets")
         unknown = flags & ~KNOWN_FLAGS
         if unknown:
@@ -224,14 +230,14 @@ class Region:
         return self._accessible(offset, min(size, self.size - offset), Prot.WRITE)
 
     def _accessible(self, offset: int, size: int, right: Prot) -> int:
-        at, end = offset, offset + max(size, 0)
+        at, end, wanted = offset, offset + max(size, 0), int(right)
         while at < end:
             mapping = self.table.at(at)
             if mapping is None:
                 if at == offset:
                     raise AccessHole(f"nothing is mapped at {at:#x}")
                 break
-            if not int(mapping.prot) & right:
+            if not int(mapping.prot) & wanted:
                 if at == offset:
                     raise AccessDenied(
                         f"the mapping at {at:#x} is {mapping.prot.text()},"
@@ -249,5 +255,5 @@ def check_may_change(access: Prot) -> None:
 
 
 def _check_prot(prot: int) -> None:
-    if prot & ~int(PROT_ALL):
+    if prot & _NO_PROT:
         raise BadArgument(f"protection {prot:#x} is not made of PROT_READ, PROT_WRITE, PROT_EXEC")

@@ -13,25 +13,34 @@ Leaves out: sizes, rights of descriptors, memory. Those are ``region.py`` and ``
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from itertools import compress
+from typing import TYPE_CHECKING, Final
 
-from sortedcontainers import SortedDict
+from sortedcontainers import SortedList
 
+from msharefs.abi import Prot
 from msharefs.region.errors import HoleInRange, NothingThere, ObjectAccess, Occupied, StaleChange
 from msharefs.region.mapping import PROTS, Change, Mapping, RangeChange
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
-    from msharefs.abi import Prot
+_OPEN: Final = (False, False)
 
 
 class MappingTable:
     """Mappings by start offset. Ranges are given as checked, page-aligned ``[start, end)``."""
 
     def __init__(self) -> None:
-        self._by_start: SortedDict = SortedDict()
+        # Most lookups and changes begin and end where a mapping does. Two plain dicts answer those;
+        # the sorted starts are searched only for offsets within mappings and holes, and touched
+        # only when a mapping begins at a new place.
+        self._by_start: dict[int, Mapping] = {}
+        self._by_end: dict[int, Mapping] = {}
+        self._starts: SortedList = SortedList()
         self._count_of_prot = [0] * len(PROTS)
+        self.rights = Prot.NONE
+        """The union of the protections inside."""
         self.mapped = 0
         """Bytes mapped in all."""
         self.version = 0
@@ -42,33 +51,32 @@ class MappingTable:
 
     def __iter__(self) -> Iterator[Mapping]:
         """The mappings, lowest offset first."""
-        return iter(self._by_start.values())
-
-    @property
-    def rights(self) -> Prot:
-        """The union of the protections inside."""
-        return self._union(self._count_of_prot)
+        return map(self._by_start.__getitem__, self._starts)
 
     # -- looking
 
     def at(self, offset: int) -> Mapping | None:
         """The mapping that covers ``offset``."""
-        index = self._by_start.bisect_right(offset) - 1
-        if index < 0:
+        mapping = self._by_start.get(offset)
+        if mapping is not None:
+            return mapping
+        index = self._starts.bisect_left(offset)
+        if not index:
             return None
-        mapping: Mapping = self._by_start.peekitem(index)[1]
+        mapping = self._by_start[self._starts[index - 1]]
         return mapping if offset < mapping.end else None
 
     def at_or_after(self, offset: int) -> Mapping | None:
         """The mapping that covers ``offset``, else the next one above."""
-        covering = self.at(offset)
-        if covering is not None:
-            return covering
-        index = self._by_start.bisect_left(offset)
-        if index == len(self._by_start):
-            return None
-        following: Mapping = self._by_start.peekitem(index)[1]
-        return following
+        mapping = self._by_start.get(offset)
+        if mapping is not None:
+            return mapping
+        index = self._starts.bisect_left(offset)
+        if index:
+            mapping = self._by_start[self._starts[index - 1]]
+            if offset < mapping.end:
+                return mapping
+        return self._by_start[self._starts[index]] if index < len(self._starts) else None
 
     def query(self, offset: int, *, or_next: bool = False) -> Mapping:
         """As PROCMAP_QUERY of proc_pid_maps(5): raises NothingThere instead of ENOENT."""
@@ -80,15 +88,11 @@ class MappingTable:
 
     def overlapping(self, start: int, end: int) -> list[Mapping]:
         """The mappings that share a byte with ``[start, end)``, whole, lowest first."""
-        found: list[Mapping] = []
-        first = self._by_start.bisect_right(start) - 1
-        if first >= 0:
-            mapping: Mapping = self._by_start.peekitem(first)[1]
-            if start < mapping.end:
-                found.append(mapping)
-        by_start = self._by_start
-        found.extend(by_start[key] for key in by_start.irange(start, end, (False, False)))
-        # A mapping that starts exactly at ``start`` is the one bisect_right found.
+        first = self.at(start)
+        if first is not None and end <= first.end:
+            return [first]
+        found = [] if first is None else [first]
+        found.extend(map(self._by_start.__getitem__, self._starts.irange(start, end, _OPEN)))
         return found
 
     # -- planning
@@ -106,7 +110,7 @@ class MappingTable:
             RangeChange(start, end, before, mapping.clip(start, end), replaced=before is not None)
             for start, end, before in _pieces(old, mapping.start, mapping.end)
         ]
-        return self._change(old, mapping.start, mapping.end, (mapping,), ranges)
+        return self._change(old, mapping.start, mapping.end, [mapping], ranges)
 
     def plan_unmap(self, start: int, end: int) -> Change:
         """Take out whatever lies in the range; holes are fine, as in munmap(2)."""
@@ -116,7 +120,7 @@ class MappingTable:
             for low, high, before in _pieces(old, start, end)
             if before is not None
         ]
-        return self._change(old, start, end, (), ranges)
+        return self._change(old, start, end, [], ranges)
 
     def plan_protect(self, start: int, end: int, prot: Prot) -> Change:
         """Set the protection of the range.
@@ -125,12 +129,13 @@ class MappingTable:
         object does not allow ``prot`` (EACCES); nothing is changed then.
         """
         old = self.overlapping(start, end)
+        wanted = int(prot)
         new: list[Mapping] = []
         ranges: list[RangeChange] = []
         for low, high, before in _pieces(old, start, end):
             if before is None:
                 raise HoleInRange(f"{low:#x}-{high:#x} is not mapped")
-            excess = int(prot) & ~int(before.max_prot)
+            excess = wanted & ~int(before.max_prot)
             if excess:
                 raise ObjectAccess(
                     f"the object at {before.start:#x} was mapped without {PROTS[excess].text()}"
@@ -138,7 +143,7 @@ class MappingTable:
             after = before if before.prot == prot else before.with_prot(prot)
             new.append(after)
             if after is not before:
-                ranges.append(RangeChange(low, high, before, after, replaced=False))
+                ranges.append(RangeChange(low, high, before, after))
         return self._change(old, start, end, new, ranges)
 
     def _change(
@@ -146,44 +151,36 @@ class MappingTable:
         old: list[Mapping],
         start: int,
         end: int,
-        new: Iterable[Mapping],
-        ranges: Iterable[RangeChange],
+        new: list[Mapping],
+        ranges: list[RangeChange],
     ) -> Change:
-        """Work out the whole mappings that go and come when ``new`` fills ``[start, end)``."""
-        pieces: list[Mapping] = []
-        removed = list(old)
+        """Work out the whole mappings that go and come when ``new`` fills ``[start, end)``.
+
+        ``old`` is what overlaps the range. Where it reaches out of it the rest stays, as a
+        mapping of its own; a neighbour goes too if it and the new mapping are to be one.
+        """
+        if not ranges:
+            return Change(self.version, (), (), (), self.rights, self.rights)
+        removed = old
+        pieces = new
         if old and old[0].start < start:
-            pieces.append(old[0].clip(old[0].start, start))
-        elif (before := self.at(start - 1) if start else None) is not None:
-            removed.insert(0, before)
-            pieces.append(before)
-        pieces.extend(new)
+            pieces = [old[0].clip(old[0].start, start), *pieces]
+        elif new and (below := self._by_end.get(start)) and new[0].continues(below):
+            removed = [below, *removed]
+            pieces = [below, *pieces]
         if old and old[-1].end > end:
-            pieces.append(old[-1].clip(end, old[-1].end))
-        elif (after := self.at(end)) is not None:
-            removed.append(after)
-            pieces.append(after)
+            pieces = [*pieces, old[-1].clip(end, old[-1].end)]
+        elif new and (above := self._by_start.get(end)) and above.continues(new[-1]):
+            removed = [*removed, above]
+            pieces = [*pieces, above]
         added = _merged(pieces)
-        # Neighbours looked at for merging and left as they were are no part of the change.
-        low = high = 0
-        while low < min(len(removed), len(added)) and removed[low] == added[low]:
-            low += 1
-        while high < min(len(removed), len(added)) - low and removed[-1 - high] == added[-1 - high]:
-            high += 1
-        gone = tuple(removed[low : len(removed) - high])
-        come = tuple(added[low : len(added) - high])
         counts = self._count_of_prot.copy()
-        for mapping in gone:
+        for mapping in removed:
             counts[mapping.prot] -= 1
-        for mapping in come:
+        for mapping in added:
             counts[mapping.prot] += 1
         return Change(
-            version=self.version,
-            removed=gone,
-            added=come,
-            ranges=tuple(ranges),
-            rights_before=self.rights,
-            rights_after=self._union(counts),
+            self.version, tuple(removed), tuple(added), tuple(ranges), self.rights, _union(counts)
         )
 
     # -- applying
@@ -194,38 +191,48 @@ class MappingTable:
             raise StaleChange(
                 f"planned for version {change.version}, the table is at {self.version}"
             )
-        for mapping in change.removed:
-            del self._by_start[mapping.start]
-            self._count_of_prot[mapping.prot] -= 1
-            self.mapped -= mapping.size
-        for mapping in change.added:
-            self._by_start[mapping.start] = mapping
-            self._count_of_prot[mapping.prot] += 1
-            self.mapped += mapping.size
+        removed, added = change.removed, change.added
+        starts, by_start, by_end = self._starts, self._by_start, self._by_end
+        counts, mapped = self._count_of_prot, self.mapped
+        for mapping in added:
+            if mapping.start not in by_start:
+                starts.add(mapping.start)
+        for mapping in removed:
+            del by_start[mapping.start], by_end[mapping.end]
+            counts[mapping.prot] -= 1
+            mapped -= mapping.end - mapping.start
+        for mapping in added:
+            by_start[mapping.start] = by_end[mapping.end] = mapping
+            counts[mapping.prot] += 1
+            mapped += mapping.end - mapping.start
+        for mapping in removed:
+            if mapping.start not in by_start:
+                starts.remove(mapping.start)
+        self.mapped = mapped
+        self.rights = change.rights_after
         self.version += 1
 
-    @staticmethod
-    def _union(counts: list[int]) -> Prot:
-        union = 0
-        for prot, count in enumerate(counts):
-            if count:
-                union |= prot
-        return PROTS[union]
+
+def _union(count_of_prot: list[int]) -> Prot:
+    union = 0
+    for prot in compress(range(len(PROTS)), count_of_prot):
+        union |= prot
+    return PROTS[union]
 
 
-def _pieces(
-    mappings: list[Mapping], start: int, end: int
-) -> Iterator[tuple[int, int, Mapping | None]]:
+def _pieces(mappings: list[Mapping], start: int, end: int) -> list[tuple[int, int, Mapping | None]]:
     """Cut ``[start, end)`` where mappings begin and end; None stands for a hole."""
+    pieces: list[tuple[int, int, Mapping | None]] = []
     at = start
     for mapping in mappings:
         if at < mapping.start:
-            yield at, mapping.start, None
+            pieces.append((at, mapping.start, None))
         piece = mapping.clip(start, end)
-        yield piece.start, piece.end, piece
         at = piece.end
+        pieces.append((piece.start, at, piece))
     if at < end:
-        yield at, end, None
+        pieces.append((at, end, None))
+    return pieces
 
 
 def _merged(pieces: list[Mapping]) -> list[Mapping]:
