@@ -1,0 +1,38 @@
+"""How people write sizes: ``64M``, ``2GiB``, ``0x1000``."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+_UNITS: Final = "KMGTPE"
+_SIZE: Final = re.compile(r"(0x[0-9a-f]+|[0-9]+)(?:([kmgtpe])(?:i?b)?)?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes, with powers of 1024. Raises ValueError for anything else than a size.
+
+    >>> parse_size("64M"), parse_size("4KiB"), parse_size("0x1000"), parse_size("512")
+    (67108864, 4096, 4096, 512)
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise ValueError(f"not a size: {text!r} (write it as 64M, 2G, 4096 or 0x1000)")
+    number, unit = found.groups()
+    factor = 1024 ** (_UNITS.index(unit.upper()) + 1) if unit else 1
+    return int(number, 16 if number[:2].lower() == "0x" else 10) * factor
+
+
+def format_size(size: int) -> str:
+    """For people: at most one decimal, as ls(1) and lsipc(1) print sizes.
+
+    >>> [format_size(n) for n in (0, 512, 4096, 1536, 67108864)]
+    ['0B', '512B', '4K', '1.5K', '64M']
+    """
+    value, unit = float(size), "B"
+    for larger in _UNITS:
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    text = f"{value:.1f}".removesuffix(".0")
+    return text + unit
