@@ -181,7 +181,7 @@ class Session:
 
     async def _unmount(self, found: Mount) -> bool:
         """Whether it had to be detached. In threads: the kernel may ask us something meanwhile."""
-        with trio.move_on_after(_UNMOUNT_PATIENCE):
+        with trio.move_on_after(_UNMOUNT_PATIENCE, shield=True):
             try:
                 await trio.to_thread.run_sync(unmount, found.mountpoint, abandon_on_cancel=True)
             except MountError as exc:
@@ -191,7 +191,7 @@ class Session:
             else:
                 return False
         log.info("%s is in use: detaching it", found.mountpoint)
-        with trio.move_on_after(_UNMOUNT_PATIENCE):
+        with trio.move_on_after(_UNMOUNT_PATIENCE, shield=True):
             await trio.to_thread.run_sync(self._detach, found, abandon_on_cancel=True)
         return True
 

@@ -279,15 +279,15 @@ async def main(directory: str) -> None:
             async for _ in signals:
                 session.request_stop()
 
-    async with trio.open_nursery() as nursery:
-        await nursery.start(stop_on_signal)
-        try:
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(stop_on_signal)
             await session.run(lambda _: print(json.dumps({"ready": os.getpid()}), flush=True))
-        finally:
             nursery.cancel_scope.cancel()
-    for node in toy.nodes.values():
-        if node.fd >= 0:
-            os.close(node.fd)
+    finally:
+        for node in toy.nodes.values():
+            if node.fd >= 0:
+                os.close(node.fd)
 
 
 if __name__ == "__main__":
