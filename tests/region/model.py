@@ -6,12 +6,17 @@ protections, errors), never the way of working something out.
 
 from __future__ import annotations
 
+import itertools
+from typing import TYPE_CHECKING
+
 import attrs
 
 from msharefs.abi import Kind, Prot
 from msharefs.region.mapping import Change, Mapping, ObjectRef
-from msharefs.region.region import Region
-from msharefs.region.table import MappingTable
+
+if TYPE_CHECKING:
+    from msharefs.region.region import Region
+    from msharefs.region.table import MappingTable
 
 PAGE = 4096
 
@@ -113,7 +118,7 @@ def check_table(table: MappingTable, pages: Pages) -> None:
     for mapping in mappings:
         assert mapping.start < mapping.end
         assert mapping.start % PAGE == mapping.end % PAGE == 0
-    for below, above in zip(mappings, mappings[1:], strict=False):
+    for below, above in itertools.pairwise(mappings):
         assert below.end <= above.start, "sorted and disjoint"
         assert not above.continues(below), "neighbours that could be one are one"
     assert table.mapped == len(pages) * PAGE == sum(m.size for m in mappings)
@@ -153,7 +158,7 @@ def check_change(change: Change, before: Pages, after: Pages, new_content: set[i
     assert seen == differing
 
     for mappings in (change.removed, change.added):
-        for below, above in zip(mappings, mappings[1:], strict=False):
+        for below, above in itertools.pairwise(mappings):
             assert below.end <= above.start, "sorted and disjoint"
     whole_before, whole_after = mappings_of(before), mappings_of(after)
     kept = [m for m in whole_before if m not in change.removed]

@@ -7,6 +7,7 @@ and undone. What is refused must be refused for the right reason and leave nothi
 from __future__ import annotations
 
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -21,7 +22,6 @@ from hypothesis.stateful import (
 
 from msharefs.abi import Kind, MapFlag, Prot
 from msharefs.region import errors
-from msharefs.region.mapping import Change
 from msharefs.region.region import READ_ONLY, READ_WRITE, WRITE_ONLY, Region, Resize
 from tests.region.model import (
     ANONYMOUS,
@@ -33,18 +33,20 @@ from tests.region.model import (
     Pages,
     check_change,
     check_table,
+    mappings_of,
     pages_of,
     rights_of,
     snapshot,
 )
 
+if TYPE_CHECKING:
+    from msharefs.region.mapping import Change
+
 NUMBER_OF_PAGES = 20
 U64 = 1 << 64
 
 page_numbers = st.integers(0, NUMBER_OF_PAGES - 1)
-lengths = st.integers(1, 8)
 prots = st.sampled_from([0, 1, 1, 3, 3, 3, 5, 2, 7])
-ranges = st.tuples(page_numbers, lengths).map(lambda pair: (pair[0] * PAGE, pair[1] * PAGE))
 bad_ranges = st.sampled_from(
     [
         (0, 0),
@@ -59,12 +61,11 @@ bad_ranges = st.sampled_from(
         (NUMBER_OF_PAGES * PAGE, PAGE),
     ]
 )
-# One in a few is refused for its range; the rest may still reach past the end.
-any_ranges = st.one_of(ranges, ranges, ranges, ranges, ranges, bad_ranges)
-sizes = st.one_of(
-    st.integers(0, NUMBER_OF_PAGES).map(lambda n: n * PAGE),
-    st.integers(0, NUMBER_OF_PAGES * PAGE),
-    st.just(NUMBER_OF_PAGES * PAGE),
+# Where a change goes: most of them where something can happen, the rest where it is refused.
+wheres = st.sampled_from(["pages"] * 4 + ["mappings"] * 3 + ["across the end", "bad"])
+sizes = st.sampled_from(
+    [NUMBER_OF_PAGES * PAGE] * 12
+    + [15 * PAGE, 15 * PAGE + 1, 18 * PAGE - 1, 10 * PAGE + 100, 3 * PAGE, 1, 0]
 )
 objects = st.sampled_from(
     [
@@ -107,10 +108,21 @@ class RegionMachine(RuleBasedStateMachine):
         self.pending: Change | None = None
         self.stale: Change | None = None
 
-    @initialize(size=st.one_of(st.none(), st.just(NUMBER_OF_PAGES * PAGE), sizes))
-    def begin_with(self, size: int | None) -> None:
-        if size is not None:
-            self.resize(size, "apply")
+    @initialize(
+        sized=st.sampled_from([True] * 9 + [False]),
+        filled=st.lists(
+            st.tuples(page_numbers, st.integers(1, 5), prots, objects, shifts),
+            min_size=4,
+            max_size=12,
+        ),
+    )
+    def begin_with(self, sized, filled) -> None:
+        if not sized:
+            return
+        self.resize(NUMBER_OF_PAGES * PAGE, "apply")
+        for first, length, *what in filled:
+            size = min(length, NUMBER_OF_PAGES - first) * PAGE
+            self.map_range(first * PAGE, size, *what, noreplace=False, fate="apply")
 
     # -- the model's opinion
 
@@ -121,6 +133,23 @@ class RegionMachine(RuleBasedStateMachine):
         if size == 0 or offset % PAGE or size % PAGE or offset + size > last_page_end:
             return errors.BadRange
         return None
+
+    def draw_range(self, data, kinds=wheres) -> tuple[int, int]:
+        """Offset and size in bytes, as the current state suggests them."""
+        kind = data.draw(kinds)
+        end = -(-self.size // PAGE)
+        if kind == "bad" or not end:
+            return data.draw(bad_ranges)
+        if kind == "across the end":
+            return ((end - 1) * PAGE, data.draw(st.integers(2, 4)) * PAGE)
+        if kind == "mappings" and self.pages:
+            # From where some mapping begins to where one ends.
+            mappings = mappings_of(self.pages)
+            first = data.draw(st.integers(0, len(mappings) - 1))
+            last = data.draw(st.integers(first, min(first + 3, len(mappings) - 1)))
+            return mappings[first].start, mappings[last].end - mappings[first].start
+        number = data.draw(st.integers(0, end - 1))
+        return number * PAGE, data.draw(st.integers(1, min(8, end - number))) * PAGE
 
     def covered(self, offset: int, size: int) -> list[int]:
         return list(range(offset // PAGE, (offset + size) // PAGE))
@@ -154,15 +183,18 @@ class RegionMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.pending is None)
     @rule(
-        where=any_ranges,
+        data=st.data(),
         prot=prots,
         kind=objects,
         shift=shifts,
-        noreplace=st.booleans(),
+        noreplace=st.sampled_from([False, False, True]),
         fate=fates,
     )
-    def map(self, where, prot, kind, shift, noreplace, fate) -> None:
-        offset, size = where
+    def map(self, data, prot, kind, shift, noreplace, fate) -> None:
+        offset, size = self.draw_range(data)
+        self.map_range(offset, size, prot, kind, shift, noreplace=noreplace, fate=fate)
+
+    def map_range(self, offset, size, prot, kind, shift, *, noreplace, fate) -> None:
         obj, max_prot = kind
         prot &= max_prot
         anonymous = obj.kind == Kind.ANON
@@ -206,9 +238,9 @@ class RegionMachine(RuleBasedStateMachine):
         self.carry_out(plan(), self.pages | new, set(numbers), fate)
 
     @precondition(lambda self: self.pending is None)
-    @rule(where=any_ranges, fate=fates)
-    def unmap(self, where, fate) -> None:
-        offset, size = where
+    @rule(data=st.data(), fate=fates)
+    def unmap(self, data, fate) -> None:
+        offset, size = self.draw_range(data)
         error = self.bad_range(offset, size)
         if error is not None:
             with refused(error, self.region):
@@ -219,10 +251,9 @@ class RegionMachine(RuleBasedStateMachine):
         self.carry_out(self.region.plan_unmap(offset, size), after, gone, fate)
 
     @precondition(lambda self: self.pending is None)
-    @rule(where=any_ranges, prot=prots, fate=fates)
-    def protect(self, where, prot, fate) -> None:
-        offset, size = where
-        self.protect_range(offset, size, prot, fate)
+    @rule(data=st.data(), prot=prots, fate=fates)
+    def protect(self, data, prot, fate) -> None:
+        self.protect_range(*self.draw_range(data), prot, fate)
 
     @precondition(lambda self: self.pending is None and self.pages)
     @rule(data=st.data(), prot=prots, fate=fates)
@@ -419,7 +450,7 @@ class RegionMachine(RuleBasedStateMachine):
 
 
 RegionMachine.TestCase.settings = settings(
-    max_examples=200,
+    max_examples=400,
     stateful_step_count=60,
     deadline=None,
     database=None,
