@@ -89,7 +89,8 @@ class Handlers:
     the caller gets EINTR, unless the handler finishes in spite of it (a shield). An exception of
     any kind becomes ``errno_of(exception, what was being done)`` for that one request.
 
-    ``opened`` is asked about each file that the filesystem has opened; None leaves the
+    ``read`` and ``write`` (which returns how many bytes it took) may leave a request to the
+    filesystem: `FORWARD`. ``opened`` is asked about each file that the filesystem has opened; None leaves the
     filesystem's reply as it is. If it raises, the open fails with that errno and the filesystem
     is told to release the file.
     """

@@ -294,9 +294,7 @@ def test_a_signal_ends_a_call_that_waits(toy, name, call):
 
 
 def test_a_signal_does_not_end_what_is_shielded(toy):
-    program = INTERRUPTED.format(
-        path=str(toy.path / "plain"), call=f"fcntl.ioctl(fd, {FINISHES})"
-    )
+    program = INTERRUPTED.format(path=str(toy.path / "plain"), call=f"fcntl.ioctl(fd, {FINISHES})")
     with client(program) as process, opened(toy.path, os.O_RDONLY) as fd:
         assert process.stdout.readline() == "ready\n"
         wait_for_a_request(toy)
@@ -311,7 +309,11 @@ def test_a_signal_does_not_end_what_is_shielded(toy):
 
 @pytest.mark.parametrize(
     ("name", "call"),
-    [("plain", f"fcntl.ioctl(fd, {SLEEP})"), ("stream", "os.read(fd, 9)"), ("slow", "os.read(fd, 9)")],
+    [
+        ("plain", f"fcntl.ioctl(fd, {SLEEP})"),
+        ("stream", "os.read(fd, 9)"),
+        ("slow", "os.read(fd, 9)"),
+    ],
 )
 def test_a_client_killed_inside_a_call_is_gone_at_once(toy, name, call):
     program = INTERRUPTED.format(path=str(toy.path / name), call=call)

@@ -1,0 +1,108 @@
+"""The opcodes that the service's handlers answer: ioctl, fallocate, read, write.
+
+A handler's value is checked for what the kernel would take, and answered; a value that is still to
+come is left to a task (`Answers.start`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .handlers import FORWARD, Handlers, IoctlReply
+from .wire import (
+    WRITE_OUT,
+    FallocateRequest,
+    Frame,
+    IoctlRequest,
+    ReadRequest,
+    WriteRequest,
+    build_ioctl_reply,
+    build_reply,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .answers import Answers
+
+
+class Served:
+    """Answers requests by the handlers; ``forward`` takes those that a handler does not want."""
+
+    def __init__(
+        self, handlers: Handlers, answers: Answers, forward: Callable[[Any, Frame], None]
+    ) -> None:
+        self._handlers = handlers
+        self._answers = answers
+        self._forward = forward
+
+    def ioctl(self, request: IoctlRequest, _frame: Frame) -> None:
+        try:
+            value = self._handlers.ioctl(request)
+            if isinstance(value, IoctlReply):
+                self._finish_ioctl(request, value)
+            else:
+                self._answers.start(request, value, self._finish_ioctl)
+        except Exception as exc:  # noqa: BLE001 - errno_of is the boundary
+            self._answers.refuse(request, self._answers.errno_of(exc, request))
+
+    def fallocate(self, request: FallocateRequest, _frame: Frame) -> None:
+        try:
+            value = self._handlers.fallocate(request)
+            if value is None:
+                self._finish_fallocate(request, value)
+            else:
+                self._answers.start(request, value, self._finish_fallocate)
+        except Exception as exc:  # noqa: BLE001 - errno_of is the boundary
+            self._answers.refuse(request, self._answers.errno_of(exc, request))
+
+    def read(self, request: ReadRequest, frame: Frame) -> None:
+        try:
+            value = self._handlers.read(request)
+            if value is FORWARD:
+                self._forward(request, frame)
+            elif isinstance(value, bytes):
+                self._finish_read(request, value)
+            else:
+                self._answers.start(request, value, self._finish_read)
+        except Exception as exc:  # noqa: BLE001 - errno_of is the boundary
+            self._answers.refuse(request, self._answers.errno_of(exc, request))
+
+    def write(self, request: WriteRequest, frame: Frame) -> None:
+        try:
+            value = self._handlers.write(request)
+            if value is FORWARD:
+                self._forward(request, frame)
+            elif isinstance(value, int):
+                self._finish_write(request, value)
+            else:
+                self._answers.start(request, value, self._finish_write)
+        except Exception as exc:  # noqa: BLE001 - errno_of is the boundary
+            self._answers.refuse(request, self._answers.errno_of(exc, request))
+
+    # What a handler returns is checked here, whatever it has promised: the type checker does not
+    # see what a task's value comes to, and one wrong reply would leave its caller waiting.
+
+    def _finish_ioctl(self, request: IoctlRequest, value: object) -> None:
+        if not isinstance(value, IoctlReply):
+            raise TypeError(f"the handler of IOCTL returned {value!r}")
+        self._answers.write(build_ioctl_reply(request, value.result, value.data))
+
+    def _finish_fallocate(self, request: FallocateRequest, value: object) -> None:
+        if value is not None:
+            raise TypeError(f"the handler of FALLOCATE returned {value!r}")
+        self._answers.write(build_reply(request.unique))
+
+    def _finish_read(self, request: ReadRequest, value: object) -> None:
+        if not isinstance(value, bytes):
+            raise TypeError(f"the handler of READ returned {value!r}")
+        if len(value) > request.size:
+            raise ValueError(f"the handler of READ returned {len(value)} of {request.size} bytes")
+        self._answers.write(build_reply(request.unique, value))
+
+    def _finish_write(self, request: WriteRequest, value: object) -> None:
+        if not isinstance(value, int):
+            raise TypeError(f"the handler of WRITE returned {value!r}")
+        if not 0 <= value <= len(request.data):
+            raise ValueError(f"the handler of WRITE took {value} of {len(request.data)} bytes")
+        self._answers.write(build_reply(request.unique, WRITE_OUT.pack(value, 0)))
