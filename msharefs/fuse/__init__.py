@@ -5,12 +5,13 @@ Knows nothing of regions: it takes `Handlers`. pyfuse3 serves the namespace behi
 
 from __future__ import annotations
 
+from .decode import BadFrame
 from .handlers import FORWARD, Forward, Handlers, IoctlReply, OpenedFile, OpenPlan
 from .handshake import Connection
 from .mount import FSTYPE, Mount, MountError, MountOptions, find_mounts, mount, mount_at, unmount
 from .router import Router
 from .session import Session, serve
-from .wire import BadFrame, FallocateRequest, IoctlRequest, Opcode, ReadRequest
+from .wire import FallocateRequest, IoctlRequest, Opcode, ReadRequest, WriteRequest
 
 __all__ = [
     "FORWARD",
@@ -31,6 +32,7 @@ __all__ = [
     "ReadRequest",
     "Router",
     "Session",
+    "WriteRequest",
     "find_mounts",
     "mount",
     "mount_at",

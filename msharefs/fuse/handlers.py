@@ -90,9 +90,10 @@ class Handlers:
     any kind becomes ``errno_of(exception, what was being done)`` for that one request.
 
     ``read`` and ``write`` (which returns how many bytes it took) may leave a request to the
-    filesystem: `FORWARD`. ``opened`` is asked about each file that the filesystem has opened; None leaves the
-    filesystem's reply as it is. If it raises, the open fails with that errno and the filesystem
-    is told to release the file.
+    filesystem: `FORWARD`. ``opened`` is asked about each file that the filesystem has opened;
+    None leaves the filesystem's reply as it is. If it raises, the open fails with that errno and
+    the filesystem is told to release the file (and, of a file just created, to forget one lookup;
+    its name stays).
     """
 
     ioctl: Callable[[IoctlRequest], IoctlReply | Awaitable[IoctlReply]]

@@ -26,6 +26,7 @@ import trio
 from trio.lowlevel import wait_readable
 
 from .answers import GONE, Answers
+from .decode import BadFrame, decode_request
 from .downstream import Downstream
 from .handshake import Connection, amend_init_reply, amend_init_request
 from .notify import Notifier
@@ -38,7 +39,6 @@ from .wire import (
     OUT_SIZE,
     SMALL_REPLY,
     UNANSWERED,
-    BadFrame,
     FallocateRequest,
     Frame,
     InitRequest,
@@ -55,7 +55,6 @@ from .wire import (
     build_reply,
     build_request,
     decode_reply_header,
-    decode_request,
 )
 
 if TYPE_CHECKING:

@@ -1,25 +1,19 @@
-"""The FUSE kernel protocol as values: what a request frame says, and how a reply frame is built.
+"""The FUSE kernel protocol as values: opcodes, flags, layouts, requests, and how replies are built.
 
 A *frame* is one message on the FUSE device: a fixed header, then a body whose layout depends on
 the opcode. The source of every layout here is the kernel's ``include/uapi/linux/fuse.h``.
 
-Promises:
+Promises: `build_reply` makes the only replies there are, so that each is well-formed: its length
+field is its length, and its error is one that the kernel takes.
 
-- `decode_request` raises nothing but `BadFrame`, whatever the bytes. A frame it lets through has
-  exactly the size that its opcode demands, and every name in it ends where the frame says.
-- `build_reply` makes the only replies there are, so that each is well-formed: its length field is
-  its length, and its error is one that the kernel takes.
-
-Leaves out: what a request means (the handlers), the INIT negotiation (`handshake`), and the bodies
-of opcodes that only the library behind us answers, beyond their size.
+Leaves out: reading a request frame (`decode`), what a request means (the handlers), the INIT
+negotiation (`handshake`), and the bodies that only the library behind us reads.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import struct
-from collections.abc import Callable
 from enum import IntEnum, IntFlag
 from typing import ClassVar, Final, TypeAlias
 
@@ -175,20 +169,6 @@ class NotifyCode(IntEnum):
     RETRIEVE = 5
     DELETE = 6
     RESEND = 7
-
-
-class BadFrame(Exception):
-    """A frame that is not the protocol.
-
-    ``unique`` is 0 where nobody waits for an answer, or it cannot be known; else the request is
-    to be answered with ``errno``: ENOSYS for an opcode that is unknown, EPROTO for a wrong layout.
-    """
-
-    def __init__(self, unique: int, errno_: int, reason: str) -> None:
-        super().__init__(reason)
-        self.unique = unique
-        self.errno = errno_
-        self.reason = reason
 
 
 # -- requests -----------------------------------------------------------------------------------
@@ -361,223 +341,9 @@ Request: TypeAlias = (
     | OtherRequest
 )
 Frame: TypeAlias = bytes | bytearray | memoryview
-_Header: TypeAlias = tuple[int, int, int, int, int, int]  # opcode, unique, nodeid, uid, gid, pid
-_Decoder: TypeAlias = Callable[[Frame, int, _Header], Request]
 
 SMALL_REPLY: Final = 256
 """More than the body of any reply whose size the request does not choose."""
-_READLINK_REPLY: Final = 4096
-
-
-def decode_request(frame: Frame) -> Request:
-    """The request that ``frame``, one whole message of the device, carries.
-
-    Raises `BadFrame` for anything that the protocol does not allow.
-    """
-    size = len(frame)
-    if size < IN_SIZE:
-        raise BadFrame(0, errno.EPROTO, f"{size} bytes are less than a header")
-    length, code, unique, nodeid, uid, gid, pid, _extlen, _pad = IN_HEADER.unpack_from(frame)
-    decoder = _DECODERS.get(code)
-    owner = 0 if code in UNANSWERED else unique
-    if length != size:
-        raise BadFrame(owner, errno.EPROTO, f"opcode {code}: {size} bytes that claim {length}")
-    if decoder is None:
-        raise BadFrame(owner, errno.ENOSYS, f"unknown opcode {code}")
-    if unique == 0:
-        raise BadFrame(0, errno.EPROTO, f"opcode {code} without a number to answer to")
-    return decoder(frame, size, (code, unique, nodeid, uid, gid, pid))
-
-
-def _bad(header: _Header, reason: str) -> BadFrame:
-    code, unique = header[:2]
-    owner = 0 if code in UNANSWERED else unique
-    return BadFrame(owner, errno.EPROTO, f"{Opcode(code).name}: {reason}")
-
-
-def _need(size: int, expected: int, header: _Header) -> None:
-    if size != IN_SIZE + expected:
-        raise _bad(header, f"a body of {size - IN_SIZE} bytes where {expected} belong")
-
-
-def _need_names(frame: Frame, size: int, fixed: int, count: int, header: _Header) -> None:
-    """``count`` names, each of at least one byte and its NUL, fill the frame after ``fixed``."""
-    raw = bytes(frame[IN_SIZE + fixed : size])
-    if size < IN_SIZE + fixed or not raw.endswith(b"\0"):
-        raise _bad(header, "a name that does not end")
-    names = raw[:-1].split(b"\0")
-    if len(names) != count or not all(names):
-        raise _bad(header, f"{len(names)} names where {count} belong, or an empty one")
-
-
-def _ioctl(frame: Frame, size: int, header: _Header) -> IoctlRequest:
-    if size < IN_SIZE + 32:
-        raise _bad(header, "shorter than its arguments")
-    fh, flags, cmd, arg, in_size, out_size = IOCTL_IN.unpack_from(frame, IN_SIZE)
-    if size != IN_SIZE + 32 + in_size:
-        raise _bad(header, f"{size - IN_SIZE - 32} bytes of data where {in_size} are announced")
-    _, unique, nodeid, uid, gid, pid = header
-    data = bytes(frame[IN_SIZE + 32 : size])
-    return IoctlRequest(unique, nodeid, uid, gid, pid, fh, flags, cmd, arg, data, out_size)
-
-
-def _fallocate(frame: Frame, size: int, header: _Header) -> FallocateRequest:
-    _need(size, FALLOCATE_IN.size, header)
-    fh, offset, length, mode, _pad = FALLOCATE_IN.unpack_from(frame, IN_SIZE)
-    _, unique, nodeid, uid, gid, pid = header
-    return FallocateRequest(unique, nodeid, uid, gid, pid, fh, offset, length, mode)
-
-
-def _read(frame: Frame, size: int, header: _Header) -> ReadRequest:
-    _need(size, READ_IN.size, header)
-    fh, offset, wanted, _rflags, _owner, file_flags, _pad = READ_IN.unpack_from(frame, IN_SIZE)
-    _, unique, nodeid, uid, gid, pid = header
-    return ReadRequest(unique, nodeid, uid, gid, pid, fh, offset, wanted, file_flags)
-
-
-def _write(frame: Frame, size: int, header: _Header) -> WriteRequest:
-    if size < IN_SIZE + READ_IN.size:
-        raise _bad(header, "shorter than its arguments")
-    # struct fuse_write_in is laid out as fuse_read_in.
-    fh, offset, length, _wflags, _owner, file_flags, _pad = READ_IN.unpack_from(frame, IN_SIZE)
-    _need(size, READ_IN.size + length, header)
-    _, unique, nodeid, uid, gid, pid = header
-    data = bytes(frame[IN_SIZE + READ_IN.size : size])
-    return WriteRequest(unique, nodeid, uid, gid, pid, fh, offset, data, file_flags)
-
-
-def _open(frame: Frame, size: int, header: _Header) -> OpenRequest:
-    code, unique, nodeid, uid, gid, pid = header
-    if code == Opcode.CREATE:
-        _need_names(frame, size, CREATE_IN.size, 1, header)
-    else:
-        _need(size, OPEN_IN.size, header)
-    (flags,) = struct.unpack_from("<I", frame, IN_SIZE)
-    return OpenRequest(Opcode(code), unique, nodeid, uid, gid, pid, flags)
-
-
-def _release(frame: Frame, size: int, header: _Header) -> ReleaseRequest:
-    _need(size, RELEASE_IN.size, header)
-    return ReleaseRequest(header[1], header[2], RELEASE_IN.unpack_from(frame, IN_SIZE)[0])
-
-
-def _interrupt(frame: Frame, size: int, header: _Header) -> InterruptRequest:
-    _need(size, INTERRUPT_IN.size, header)
-    return InterruptRequest(header[1], INTERRUPT_IN.unpack_from(frame, IN_SIZE)[0])
-
-
-def _init(frame: Frame, size: int, header: _Header) -> InitRequest:
-    if size not in (IN_SIZE + 16, IN_SIZE + 64):
-        raise _bad(header, f"a body of {size - IN_SIZE} bytes where 16 or 64 belong")
-    major, minor, readahead, flags = struct.unpack_from("<IIII", frame, IN_SIZE)
-    if flags & InitFlag.INIT_EXT and size == IN_SIZE + 64:
-        flags |= INIT_IN.unpack_from(frame, IN_SIZE)[4] << 32
-    return InitRequest(header[1], major, minor, readahead, flags)
-
-
-def _batch_forget(frame: Frame, size: int, header: _Header) -> OtherRequest:
-    if size < IN_SIZE + BATCH_FORGET_IN.size:
-        raise _bad(header, "shorter than its arguments")
-    count, _pad = BATCH_FORGET_IN.unpack_from(frame, IN_SIZE)
-    _need(size, BATCH_FORGET_IN.size + count * FORGET_ONE_SIZE, header)
-    return OtherRequest(Opcode.BATCH_FORGET, header[1], header[2], 0)
-
-
-def _readdir(frame: Frame, size: int, header: _Header) -> OtherRequest:
-    _need(size, READ_IN.size, header)
-    wanted = READ_IN.unpack_from(frame, IN_SIZE)[2]
-    return OtherRequest(Opcode(header[0]), header[1], header[2], wanted)
-
-
-def _xattr_query(frame: Frame, size: int, header: _Header) -> OtherRequest:
-    """GETXATTR names an attribute, LISTXATTR does not; size 0 asks only for a length."""
-    if header[0] == Opcode.GETXATTR:
-        _need_names(frame, size, GETXATTR_IN.size, 1, header)
-    else:
-        _need(size, GETXATTR_IN.size, header)
-    wanted = GETXATTR_IN.unpack_from(frame, IN_SIZE)[0]
-    return OtherRequest(Opcode(header[0]), header[1], header[2], max(wanted, SMALL_REPLY))
-
-
-def _setxattr(frame: Frame, size: int, header: _Header) -> OtherRequest:
-    body = bytes(frame[IN_SIZE:size])
-    end = body.find(b"\0", GETXATTR_IN.size)
-    if end <= GETXATTR_IN.size:
-        raise _bad(header, "no name, or one that does not end")
-    _need(size, end + 1 + GETXATTR_IN.unpack_from(body)[0], header)
-    return OtherRequest(Opcode.SETXATTR, header[1], header[2], SMALL_REPLY)
-
-
-def _plain(fixed: int, names: int = 0, reply_size: int = SMALL_REPLY) -> _Decoder:
-    """A body of ``fixed`` bytes and then ``names`` NUL-terminated names."""
-    expected = IN_SIZE + fixed
-
-    def decode(frame: Frame, size: int, header: _Header) -> OtherRequest:
-        if names:
-            _need_names(frame, size, fixed, names, header)
-        elif size != expected:
-            _need(size, fixed, header)
-        return OtherRequest(Opcode(header[0]), header[1], header[2], reply_size)
-
-    return decode
-
-
-def _header_only(_frame: Frame, _size: int, header: _Header) -> OtherRequest:
-    return OtherRequest(Opcode(header[0]), header[1], header[2], SMALL_REPLY)
-
-
-_DECODERS: Final[dict[int, _Decoder]] = {
-    Opcode.LOOKUP: _plain(0, 1),
-    Opcode.FORGET: _plain(FORGET_IN.size, reply_size=0),
-    Opcode.GETATTR: _plain(16),
-    Opcode.SETATTR: _plain(88),
-    Opcode.READLINK: _plain(0, reply_size=_READLINK_REPLY),
-    Opcode.SYMLINK: _plain(0, 2),
-    Opcode.MKNOD: _plain(16, 1),
-    Opcode.MKDIR: _plain(8, 1),
-    Opcode.UNLINK: _plain(0, 1),
-    Opcode.RMDIR: _plain(0, 1),
-    Opcode.RENAME: _plain(8, 2),
-    Opcode.LINK: _plain(8, 1),
-    Opcode.OPEN: _open,
-    Opcode.READ: _read,
-    Opcode.WRITE: _write,
-    Opcode.STATFS: _plain(0),
-    Opcode.RELEASE: _release,
-    Opcode.FSYNC: _plain(16),
-    Opcode.SETXATTR: _setxattr,
-    Opcode.GETXATTR: _xattr_query,
-    Opcode.LISTXATTR: _xattr_query,
-    Opcode.REMOVEXATTR: _plain(0, 1),
-    Opcode.FLUSH: _plain(24),
-    Opcode.INIT: _init,
-    Opcode.OPENDIR: _plain(OPEN_IN.size),
-    Opcode.READDIR: _readdir,
-    Opcode.RELEASEDIR: _plain(RELEASE_IN.size),
-    Opcode.FSYNCDIR: _plain(16),
-    Opcode.GETLK: _plain(48),
-    Opcode.SETLK: _plain(48),
-    Opcode.SETLKW: _plain(48),
-    Opcode.ACCESS: _plain(8),
-    Opcode.CREATE: _open,
-    Opcode.INTERRUPT: _interrupt,
-    Opcode.BMAP: _plain(16),
-    Opcode.DESTROY: _plain(0),
-    Opcode.IOCTL: _ioctl,
-    Opcode.POLL: _plain(24),
-    Opcode.BATCH_FORGET: _batch_forget,
-    Opcode.FALLOCATE: _fallocate,
-    Opcode.READDIRPLUS: _readdir,
-    Opcode.RENAME2: _plain(16, 2),
-    Opcode.LSEEK: _plain(24),
-    Opcode.COPY_FILE_RANGE: _plain(56),
-    Opcode.NOTIFY_REPLY: _header_only,
-    Opcode.SETUPMAPPING: _header_only,
-    Opcode.REMOVEMAPPING: _header_only,
-    Opcode.SYNCFS: _header_only,
-    Opcode.TMPFILE: _header_only,
-    Opcode.STATX: _header_only,
-}
 
 # -- replies ------------------------------------------------------------------------------------
 

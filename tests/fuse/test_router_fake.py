@@ -393,6 +393,33 @@ async def test_a_thousand_readers_wait_and_nothing_else_does():
         assert answered == {(2 * i + 2, errno.ECONNABORTED) for i in range(500, 1000)}
 
 
+@pytest.mark.parametrize(
+    ("value", "error", "payload"),
+    [
+        (3, 0, struct.pack("<II", 3, 0)),
+        (0, 0, bytes(8)),
+        (4, errno.EIO, b""),
+        (-1, errno.EIO, b""),
+        ("nonsense", errno.EIO, b""),
+        (FORWARD, errno.EXDEV, b""),
+    ],
+)
+@pytest.mark.parametrize("later", [False, True])
+async def test_a_write_is_answered_by_its_handler(value, error, payload, later):
+    async def answer_later():
+        await trio.lowlevel.checkpoint()
+        return value
+
+    later = later and value is not FORWARD
+    async with rig(handlers(write=lambda _: answer_later() if later else value)) as one:
+        await one.ask(Opcode.WRITE, 2, read_body(3) + b"abc")
+        if value is FORWARD:
+            assert (await one.forwarded())[:2] == (Opcode.WRITE, 2)
+            await one.library.send(build_reply(2, error=errno.EXDEV))
+        assert await one.reply() == (2, error, payload)
+        await one.nothing_more()
+
+
 async def test_a_reply_longer_than_asked_for_is_eio():
     async with rig(handlers(read=lambda _: bytes(11), ioctl=lambda _: IoctlReply(0, b"1"))) as one:
         await one.ask(Opcode.READ, 2, read_body(10))

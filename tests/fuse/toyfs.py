@@ -9,11 +9,13 @@ Files live in the root directory; what happens to one is decided by its name:
     refused*   the open is refused by the handler, after pyfuse3 has opened it
     unbacked*  the open names a backing file that the kernel does not take
     crash*     looking it up raises what an operation of pyfuse3 must not raise
+    upper*     what is written to it is made upper case, in the write handler
     handmade*  opened in passthrough mode by a handler that answers later
 
 It prints one JSON object when it is ready and one when it has ended; SIGTERM stops it.
 """
 
+# ruff: noqa: ARG002 - the signatures are pyfuse3's
 from __future__ import annotations
 
 import errno
@@ -21,11 +23,13 @@ import fcntl
 import json
 import logging
 import os
+import select
 import signal
 import stat
 import struct
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pyfuse3
@@ -52,6 +56,7 @@ STATS = 0x98005407  # _IOR('T', 7, 6144): JSON
 FINISHES = 0x5408  # waits, shielded, until told to go on; then returns 7
 GO_ON = 0x5409
 INVALIDATE = 0x540A  # forget the entry `plain-gone`
+WAKE = 0x540C  # whoever polls may read from now on
 NONSENSE = 0x540B  # the handler returns what it must not
 
 
@@ -74,6 +79,8 @@ class Toy(pyfuse3.Operations):
         self.router: Router | None = None
         self.go_on = trio.Event()
         self.finished = 0
+        self.ready = False
+        self.poller: pyfuse3.PollHandle | None = None
 
     # -- the namespace, for pyfuse3 --
 
@@ -144,6 +151,10 @@ class Toy(pyfuse3.Operations):
             ):
                 break
 
+    async def poll(self, ino, fh, ph, ctx):
+        self.poller = ph or self.poller
+        return select.POLLIN if self.ready else 0
+
     async def unlink(self, parent, name, ctx):
         del self.names[name]
 
@@ -157,6 +168,7 @@ class Toy(pyfuse3.Operations):
             ioctl=self.ioctl,
             fallocate=self.fallocate,
             read=self.read_now,
+            write=self.write_now,
             opened=self.opened,
             errno_of=self.errno_of,
         )
@@ -184,6 +196,11 @@ class Toy(pyfuse3.Operations):
             return IoctlReply()
         if cmd == INVALIDATE:
             pyfuse3.invalidate_entry(1, b"plain-gone")
+            return IoctlReply()
+        if cmd == WAKE:
+            self.ready = True
+            if self.poller:
+                self.poller.notify()
             return IoctlReply()
         if cmd == NONSENSE:
             return 17
@@ -215,6 +232,15 @@ class Toy(pyfuse3.Operations):
         if request.nonblocking:
             raise OSError(errno.EAGAIN, "nothing yet")
         return self.later(None)
+
+    def write_now(self, request):
+        node = self.nodes[request.nodeid]
+        if not node.is_a("upper"):
+            return FORWARD
+        if request.offset >= 1 << 32:
+            raise OSError(errno.EFBIG, "too far")
+        taken = os.pwrite(node.fd, request.data.upper(), request.offset)
+        return self.later(taken - 1) if request.data == b"later" else taken
 
     def opened(self, file):
         node = self.nodes[file.nodeid]
@@ -255,15 +281,15 @@ class Toy(pyfuse3.Operations):
 
 
 def descriptors() -> list[str]:
-    """What is open, but for the descriptor that lists it; the event loop's own left out."""
+    """What is open in this process, but for the descriptor that lists it."""
     found = []
-    for fd in os.listdir("/proc/self/fd"):
+    for fd in Path("/proc/self/fd").iterdir():
         try:
-            target = os.readlink(f"/proc/self/fd/{fd}")
-            fcntl.fcntl(int(fd), fcntl.F_GETFD)
+            target = str(fd.readlink())
+            fcntl.fcntl(int(fd.name), fcntl.F_GETFD)
         except OSError:
-            continue
-        found.append(target.split(":")[0])
+            continue  # the listing's own
+        found.append(target.split(":", maxsplit=1)[0])
     return sorted(found)
 
 
@@ -299,8 +325,8 @@ if __name__ == "__main__":
     except MountError as exc:
         print(exc, file=sys.stderr)
         sys.exit(2)
-    except BaseException as exc:
-        logging.exception("ended by %r", exc)
+    except BaseException:
+        logging.getLogger("toyfs").exception("ended")
         status = 1
     # Trio keeps its worker threads for a few seconds; they are its own.
     threads = [t.name for t in threading.enumerate() if not t.name.startswith("Trio")]
