@@ -159,6 +159,7 @@ class RegionMachine(RuleBasedStateMachine):
 
     def carry_out(self, change: Change, after: Pages, new_content: set[int], fate: str) -> None:
         check_change(change, self.pages, after, new_content)
+        check_change(change.inverse(), after, self.pages, new_content)
         gained = rights_of(after) & ~rights_of(self.pages)
         if self.lacked(gained):
             with refused(errors.RightsInUse, self.region):
