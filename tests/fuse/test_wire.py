@@ -149,6 +149,21 @@ def test_a_valid_frame_cut_or_lengthened_is_refused(frame, data):
     assert caught.value.errno == errno.EPROTO
 
 
+@given(valid_frames(), st.integers(0, 400))
+def test_a_valid_frame_that_lies_about_its_length_is_refused(frame, length):
+    lie = struct.pack("<I", length + (length == len(frame))) + frame[4:]
+    result = decoded(lie)
+    assert isinstance(result, BadFrame)
+    assert result.errno == errno.EPROTO
+
+
+def test_a_frame_of_which_only_the_header_is_known_is_measured_too():
+    frame = build_request(Opcode.STATX, 2, 1, b"whatever")
+    assert decode_request(frame).opcode is Opcode.STATX
+    with pytest.raises(BadFrame):
+        decode_request(frame[:-1])
+
+
 @given(valid_frames(), st.data())
 def test_a_valid_frame_with_one_byte_changed_decodes_or_is_refused(frame, data):
     where = data.draw(st.integers(0, len(frame) - 1))
