@@ -1,0 +1,240 @@
+"""The command line of scripts/bench: what is measured, how often, and how it is shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import calls
+import click
+import memory
+import table
+from mounts import BenchError, check_possible
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from samples import Spread
+
+PARTS = ("table", "memory", "calls")
+NEEDS_A_MOUNT = ("memory", "calls")
+
+
+@attrs.frozen
+class Effort:
+    """How much is measured. Sizes in bytes."""
+
+    table_rounds: int
+    memory_size: int
+    memory_rounds: int
+    call_rounds: int
+    call_count: int
+
+
+FULL = Effort(5_000, 64 << 20, 41, 20, 250)
+QUICK = Effort(200, 4 << 20, 5, 2, 50)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--only", type=click.Choice(PARTS), help="Measure this part alone.")
+@click.option("--quick", is_flag=True, help="Few samples: seconds in all, and rough.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
+def main(*, only: str | None, quick: bool, as_json: bool) -> None:
+    """Measure what a region costs, beside what it is compared with.
+
+    \b
+      table   operations on the mapping table at 10, 1,000 and 100,000 mappings
+      memory  first touch and bandwidth through a region, against a plain memfd
+      calls   ioctls, stat and open+close, against a plain pyfuse3 filesystem
+
+    Every figure comes as median, 99th percentile and minimum; ratios are of medians. memory and
+    calls mount filesystems of their own, need root, and are left out (with the reason) where that
+    cannot be done, unless asked for by --only.
+    """  # noqa: D301 (click's mark for a paragraph that is not to be wrapped)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: what was mounted goes
+    wanted = PARTS if only is None else (only,)
+    skipped: dict[str, str] = {}
+    try:
+        check_possible()
+    except BenchError as error:
+        if only in NEEDS_A_MOUNT:
+            raise click.ClickException(str(error)) from None
+        skipped = dict.fromkeys((part for part in wanted if part in NEEDS_A_MOUNT), str(error))
+    try:
+        measured = _measure([part for part in wanted if part not in skipped], quick=quick)
+    except BenchError as error:
+        raise click.ClickException(str(error)) from None
+    if as_json:
+        result: dict[str, Any] = {"machine": machine(), "quick": quick, "skipped": skipped}
+        result |= {part: [row.as_json() for row in rows] for part, rows in measured.items()}
+        print(json.dumps(result, indent=2))
+    else:
+        # Into a file or a pipe a table is as wide as it needs to be.
+        width = None if sys.stdout.isatty() else 120
+        _show(Console(width=width), measured, skipped, quick=quick)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures hold for."""
+    info = Path("/proc/cpuinfo").read_text()
+    models = [line.split(":", 1)[1].strip() for line in info.splitlines() if "model name" in line]
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def _measure(parts: list[str], *, quick: bool) -> dict[str, list[Any]]:
+    effort = QUICK if quick else FULL
+    measured: dict[str, list[Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="msharefs-bench.") as name:
+        scratch = Path(name)
+        for part in parts:
+            if part == "table":
+                with _progress("table", len(table.COUNTS) * effort.table_rounds) as advance:
+                    measured[part] = table.measure(effort.table_rounds, advance)
+            elif part == "memory":
+                with _progress("memory", memory.STEPS) as advance:
+                    measured[part] = memory.measure(
+                        scratch, effort.memory_size, effort.memory_rounds, advance
+                    )
+            else:
+                with _progress("calls", len(calls.PLACES)) as advance:
+                    measured[part] = calls.measure(
+                        scratch, effort.call_rounds, effort.call_count, advance
+                    )
+    return measured
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, nothing elsewhere; gone when the part is measured."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns,
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda steps: progress.advance(task, steps)
+
+
+# -- tables
+
+
+def _show(
+    console: Console, measured: dict[str, list[Any]], skipped: dict[str, str], *, quick: bool
+) -> None:
+    here = machine()
+    console.print(
+        f"{here['cpu']}, {here['cpus']} CPUs, Linux {here['kernel']}, Python {here['python']},"
+        f" load {here['load']}{', quick: rough figures' if quick else ''}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    show = {"table": _table_of_operations, "memory": _table_of_memory, "calls": _table_of_calls}
+    for part, rows in measured.items():
+        console.print()
+        console.print(show[part](rows))
+    for part, reason in skipped.items():
+        console.print(f"\n{part}: left out: {reason}", soft_wrap=True, highlight=False)
+
+
+def _new_table(title: str, caption: str, *columns: str) -> Table:
+    shown = Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        box=SIMPLE,
+        padding=(0, 1),
+        pad_edge=False,
+    )
+    shown.add_column(columns[0], no_wrap=True)
+    for column in columns[1:]:
+        shown.add_column(column, justify="right", no_wrap=True)
+    return shown
+
+
+def _three(spread: Spread, digits: int = 1) -> str:
+    return "  ".join(f"{value:.{digits}f}" for value in (spread.p50, spread.p99, spread.min))
+
+
+def _table_of_operations(rows: list[table.TableRow]) -> Table:
+    shown = _new_table(
+        "Table: µs an operation at so many mappings (p50  p99  min)",
+        "ratio: p50 at the most mappings to p50 at the fewest",
+        "operation",
+        *(f"{count:,}" for count in table.COUNTS),
+        "ratio",
+    )
+    for row in rows:
+        shown.add_row(row.operation, *map(_three, row.spreads), f"{row.growth:.2f}")
+    return shown
+
+
+def _table_of_memory(rows: list[memory.MemoryRow]) -> Table:
+    shown = _new_table(
+        "Memory: a region against a memfd (p50  p99  min)",
+        "ratio: region to memfd in speed, median of the pairs; aim: 0.97 to 1.03",
+        "access",
+        "unit",
+        "region",
+        "memfd",
+        "ratio",
+    )
+    for row in rows:
+        digits = 0 if row.unit == "ns/page" else 2
+        shown.add_row(
+            memory.KINDS[row.kind],
+            row.unit,
+            _three(row.region, digits),
+            _three(row.memfd, digits),
+            f"{row.ratios.p50:.3f}",
+        )
+    return shown
+
+
+def _table_of_calls(rows: list[calls.CallRow]) -> Table:
+    shown = _new_table(
+        "Calls: µs each (p50  p99  min), one client",
+        "ratio: msharefs to plain pyfuse3, which has no ioctl; aim: PROTECT under 15 µs",
+        "call",
+        "on",
+        "msharefs",
+        "plain pyfuse3",
+        "ratio",
+    )
+    for row in rows:
+        shown.add_row(
+            calls.CALLS[row.call],
+            row.place,
+            _three(row.region),
+            "" if row.plain is None else _three(row.plain),
+            "" if row.ratio is None else f"{row.ratio:.2f}",
+            end_section=row.call == list(calls.CALLS)[-1],
+        )
+    return shown
+
+
+if __name__ == "__main__":
+    main(prog_name="scripts/bench")
