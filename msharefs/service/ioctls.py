@@ -12,6 +12,8 @@ import os
 import struct
 from typing import TYPE_CHECKING, Final, TypeVar
 
+import trio
+
 from msharefs.abi import (
     PAGE_SIZE,
     Args,
@@ -117,7 +119,9 @@ class Ioctls:
     ) -> None:
         if isinstance(error, NothingThere):
             return  # how a program walks the table to its end, not a refusal
-        code = errno.errorcode[errno_of(error, command.name)]
+        number = errno_of(error, command.name)
+        # One number, two names; the manual pages of ioctl say EOPNOTSUPP.
+        code = "EOPNOTSUPP" if number == errno.EOPNOTSUPP else errno.errorcode[number]
         via = command.name.removesuffix("_I386")
         self._changes.refuse(handle.file, handle.actor(tid), via, code, str(error))
 
@@ -144,18 +148,28 @@ class Ioctls:
             lambda: region.plan_map(args.region_offset, args.size, prot, args.flags),
         )
 
-    def _map_object(self, handle: RegionHandle, args: CreateArgs, tid: int) -> IoctlReply:
+    def _map_object(
+        self, handle: RegionHandle, args: CreateArgs, tid: int
+    ) -> Awaitable[IoctlReply]:
         """A file: everything is checked, but mounts like this one hold memory only."""
         handle.file.region.check_map(args.region_offset, args.size, args.prot, args.flags)
         if args.offset % PAGE_SIZE:
             raise BadArgument(f"object offset {args.offset:#x} is not a multiple of {PAGE_SIZE}")
         if args.offset + args.size >= 1 << 63:
             raise BadArgument(f"object offset {args.offset:#x} plus the size overflows")
-        fd = duplicate_descriptor(tid, args.fd)
-        try:
-            examine(fd, PROTS[args.prot], self._region_devices())
-        finally:
-            os.close(fd)
+        return self._examine_object(args, tid)
+
+    async def _examine_object(self, args: CreateArgs, tid: int) -> IoctlReply:
+        """In a thread: fstat() of the object asks its filesystem, which may be this very mount."""
+
+        def examined() -> None:
+            fd = duplicate_descriptor(tid, args.fd)
+            try:
+                examine(fd, PROTS[args.prot], self._region_devices())
+            finally:
+                os.close(fd)
+
+        await trio.to_thread.run_sync(examined, abandon_on_cancel=True)
         raise Unsupported("file objects are not supported by this mount; use MAP_ANONYMOUS")
 
     def _unmap(
