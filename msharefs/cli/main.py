@@ -1,0 +1,153 @@
+"""``mshare``: the group, which finds each command in the module of its name.
+
+Promises: errors are one line on standard error and an exit code of :mod:`msharefs.cli.exits`; a
+closed pipe ends a command quietly; ``--debug`` or MSHARE_DEBUG shows where an error came from.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from typing import Any, Final, NoReturn
+
+import click
+
+from msharefs import __version__
+from msharefs.cli.exits import Exit, describe, status_of, table_text
+
+COMMANDS: Final = {
+    name: f"msharefs.cli.{module}"
+    for name, module in [
+        ("mount", "mount"),
+        ("umount", "umount"),
+        ("create", "create"),
+        ("ls", "ls"),
+        ("info", "info"),
+        ("map", "map"),
+        ("unmap", "unmap"),
+        ("protect", "protect"),
+        ("query", "query"),
+        ("watch", "watch"),
+        ("resize", "resize"),
+        ("rm", "rm"),
+        ("ioctl", "ioctl"),
+        ("check", "check"),
+        ("completion", "completion"),
+    ]
+}
+"""In the order of ``--help``."""
+
+
+class Commands(click.Group):
+    """Imports a command's module when it is asked for."""
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(COMMANDS[cmd_name]).command
+        assert isinstance(command, click.Command)
+        return command
+
+
+def _print_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        click.echo(f"mshare {__version__}")
+        ctx.exit()
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+    epilog=f"""\b
+Exit status:
+{table_text()}
+
+\b
+Environment:
+MSHARE_DEBUG  if set, as --debug
+
+\b
+Start here (as root):
+  mkdir -p /run/mshare && mshare mount /run/mshare --background
+  mshare create pool --size 64M
+  mshare map pool --anon --offset 0 --prot rw-
+  mshare query pool""",
+)
+@click.option("--debug", is_flag=True, help="Show where an error came from.")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
+@click.pass_context
+def mshare(ctx: click.Context, debug: bool) -> None:
+    """Shared-memory regions as files: make them, change them, watch them.
+
+    FILE is a path on a mount, or a name on the only mount there is. Sizes and offsets are bytes,
+    also written as 64M, 4KiB or 0x1000. Protections are written as in /proc/PID/maps: rw-, r--,
+    --- (or none).
+    """
+    ctx.obj = debug
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """The program ``mshare``."""
+    run(mshare, arguments, "mshare")
+
+
+def run(command: click.Command, arguments: list[str] | None, program: str) -> NoReturn:
+    """Run a click command as a program: its errors as one line, its result as the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = bool(os.environ.get("MSHARE_DEBUG")) or "--debug" in arguments
+    try:
+        status = _invoke(command, arguments, program)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        _explain(error, program)
+        _trace(debug)
+        status = error.exit_code
+    except BrokenPipeError:
+        # The reader has what it wanted (head, grep -q). Python flushes once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = Exit.OK
+    except OSError as error:
+        about = f"{error.filename}: " if error.filename else ""
+        click.echo(f"{program}: {about}{describe(error)}", err=True)
+        _trace(debug)
+        status = status_of(error)
+    except (KeyboardInterrupt, click.Abort):
+        status = 130
+    sys.exit(int(status))
+
+
+def _invoke(command: click.Command, arguments: list[str], program: str) -> int:
+    result: Any = command.main(arguments, prog_name=program, standalone_mode=False)
+    return result if isinstance(result, int) else Exit.OK
+
+
+def _explain(error: click.ClickException, program: str) -> None:
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    path = context.command_path if context else program
+    where, _, command = path.partition(" ")
+    message = error.format_message()
+    text = f"{where}: {command}: {message}" if command else f"{where}: {message}"
+    if isinstance(error, click.UsageError):
+        text = f"{text.rstrip('.')} (try '{path} --help')"
+    click.echo(text, err=True)
+
+
+def _trace(debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+
+
+if __name__ == "__main__":
+    main()

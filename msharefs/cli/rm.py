@@ -1,0 +1,39 @@
+"""``mshare rm``."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from msharefs.cli.exits import Failure
+from msharefs.cli.targets import refusing_as, resolve
+from msharefs.cli.types import complete_regions
+
+
+@click.command("rm")
+@click.argument(
+    "files", metavar="FILE...", nargs=-1, required=True, shell_complete=complete_regions
+)
+def command(files: tuple[str, ...]) -> None:
+    r"""Remove regions. The memory of one goes when its last user has gone.
+
+    Processes that have it open or mapped keep it for as long as they do. Of several, all that can
+    be removed are removed; the exit status is that of the first one that cannot.
+
+    \b
+    Example:
+      mshare rm pool
+    """
+    failed: list[Failure] = []
+    for name in files:
+        try:
+            region = resolve(name)
+            with refusing_as("rm", region):
+                os.unlink(region.path)  # noqa: PTH108 - a string is at hand
+        except Failure as failure:
+            failed.append(failure)
+    for other in failed[1:]:
+        click.echo(f"mshare: {other.format_message()}", err=True)
+    if failed:
+        raise failed[0]
