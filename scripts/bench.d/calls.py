@@ -10,7 +10,7 @@ from mounts import Mount, compiled, lines_of, msharefs_mount, plain_mount
 from samples import Spread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 CALLS = {
@@ -51,41 +51,44 @@ class CallRow:
 def measure(
     scratch: Path, rounds: int, count: int, advance: Callable[[int], None]
 ) -> list[CallRow]:
-    """``rounds`` times ``count`` samples of each call, side and place, sides taking turns."""
+    """``rounds`` times ``count`` samples of each call, side and place.
+
+    Places take turns, and so do sides within them: the machine may be busier later than sooner.
+    """
+    samples: dict[tuple[str, str, str], list[int]] = {}
     program = compiled("calls.c", scratch)
     with (
         msharefs_mount(scratch / "msharefs") as mount,
         plain_mount(scratch / "plain") as plain,
     ):
-        rows = []
-        for place in PLACES:
-            samples = _samples(program, mount, plain, rounds, count, place)
-            advance(1)
-            for call in CALLS:
-                beside = samples.get((call, "plain"))
-                rows.append(
-                    CallRow(
-                        call,
-                        place,
-                        Spread.of_nanoseconds(samples[call, "region"]),
-                        None if beside is None else Spread.of_nanoseconds(beside),
-                    )
-                )
-    return rows
+        for _ in range(rounds):
+            for place in PLACES:
+                for call, side, *values in _round(program, mount, plain, count, place):
+                    samples.setdefault((place, call, side), []).extend(map(int, values))
+                advance(1)
+    return [
+        CallRow(
+            call,
+            place,
+            Spread.of_nanoseconds(samples[place, call, "region"]),
+            Spread.of_nanoseconds(samples[place, call, "plain"])
+            if (place, call, "plain") in samples
+            else None,
+        )
+        for place in PLACES
+        for call in CALLS
+    ]
 
 
-def _samples(
-    program: Path, mount: Mount, plain: Mount, rounds: int, count: int, place: str
-) -> dict[tuple[str, str], list[int]]:
+def _round(
+    program: Path, mount: Mount, plain: Mount, count: int, place: str
+) -> Iterator[list[str]]:
     allowed = os.sched_getaffinity(0)
     cpu = max(allowed)
     for served in (mount, plain):
         served.run_on({cpu} if place == "one CPU" else allowed)
-    command = [program, mount.directory / "bench", plain.directory / "file"]
-    command += [str(rounds), str(count)]
+    # Twice half of it, so that each side goes first once.
+    command = [program, mount.directory / "bench", plain.directory / "file", "2", str(count // 2)]
     if place == "one CPU":
         command.append(str(cpu))
-    samples: dict[tuple[str, str], list[int]] = {}
-    for call, side, *values in lines_of(command, "calls"):
-        samples.setdefault((call, side), []).extend(map(int, values))
-    return samples
+    return lines_of(command, "calls")

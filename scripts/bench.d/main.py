@@ -43,8 +43,8 @@ class Effort:
     call_count: int
 
 
-FULL = Effort(5_000, 64 << 20, 41, 20, 250)
-QUICK = Effort(200, 4 << 20, 5, 2, 50)
+FULL = Effort(5_000, 64 << 20, 20, 20, 200)
+QUICK = Effort(200, 4 << 20, 4, 2, 40)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -109,12 +109,12 @@ def _measure(parts: list[str], *, quick: bool) -> dict[str, list[Any]]:
                 with _progress("table", len(table.COUNTS) * effort.table_rounds) as advance:
                     measured[part] = table.measure(effort.table_rounds, advance)
             elif part == "memory":
-                with _progress("memory", memory.STEPS) as advance:
+                with _progress("memory", effort.memory_rounds) as advance:
                     measured[part] = memory.measure(
                         scratch, effort.memory_size, effort.memory_rounds, advance
                     )
             else:
-                with _progress("calls", len(calls.PLACES)) as advance:
+                with _progress("calls", effort.call_rounds * len(calls.PLACES)) as advance:
                     measured[part] = calls.measure(
                         scratch, effort.call_rounds, effort.call_count, advance
                     )
