@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Final, Self
 
 import attrs
@@ -10,12 +9,10 @@ import attrs
 from msharefs.memory.tmpfs import HUGE_POLICIES
 from msharefs.region.pages import page_down
 from msharefs.service.eventlog import MOUNT_CAPACITY
+from msharefs.units import parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-_UNITS: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50}
-_SIZE = re.compile(r"(0x[0-9a-f]+|[0-9]+)([kmgtp]?)(?:i?b)?", re.IGNORECASE)
 
 _IGNORED: Final = frozenset(
     [
@@ -60,15 +57,6 @@ default_permissions always hold, and reading a region never sets its atime."""
 
 class OptionError(ValueError):
     """One readable line about an option that cannot be used."""
-
-
-def parse_size(text: str) -> int:
-    """``64M``, ``2GiB``, ``0x1000``, ``4096``: bytes, with powers of 1024. Raises ValueError."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(f"not a size: {text!r} (write it as 64M, 2G, 4096 or 0x1000)")
-    number, unit = match.groups()
-    return int(number, 0 if number[:2].lower() == "0x" else 10) * _UNITS[unit.lower()]
 
 
 @attrs.frozen

@@ -1,0 +1,67 @@
+"""``mshare watch``."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from msharefs.cli.exits import Exit, failing_as
+from msharefs.cli.targets import resolve_place
+from msharefs.cli.types import complete_regions
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_COMMON = {"seq", "time", "region", "event", "offset", "length", "pid", "tid", "comm", "via"}
+
+
+@click.command("watch")
+@click.argument("file", metavar="FILE|DIR", shell_complete=complete_regions)
+@click.option("--json", "as_json", is_flag=True, help="Print the events as they are, one a line.")
+@click.option("--count", type=click.IntRange(min=1), help="End after so many events.")
+@click.option("--timeout", type=click.FloatRange(min=0), help="End after so many seconds.")
+@click.option("--history", is_flag=True, help="Begin with what the server still remembers.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    file: str,
+    as_json: bool,
+    count: int | None,
+    timeout: float | None,
+    history: bool,
+) -> None:
+    r"""Follow what happens to a region, or to all of a mount.
+
+    Ends at --count or --timeout; exit status 4 if the time is over before --count events came.
+
+    \b
+    Examples:
+      mshare watch pool
+      mshare watch /run/mshare --json --history
+      mshare watch pool --count 1 --timeout 10
+    """
+    mount, below = resolve_place(file)
+    source: Any = mount.region(below) if below else mount
+    seen = 0
+    with failing_as(f"watch {file}"), source.events(timeout=timeout, history=history) as stream:
+        for line in stream.lines():
+            click.echo(line.decode().rstrip("\n") if as_json else _text(json.loads(line)))
+            seen += 1
+            if seen == count:
+                return
+    if count is not None:
+        ctx.exit(int(Exit.NOTHING_THERE))
+
+
+def _text(event: Mapping[str, Any]) -> str:
+    clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
+    stamp = f"{clock}.{int(event['time'] % 1 * 1e6):06d}"
+    if event["event"] == "overflow":
+        return f"{stamp} overflow: {event['lost']} events were lost, this reader is too slow"
+    where = f"{event['offset']:#x}+{event['length']:#x} " if event["length"] else ""
+    more = " ".join(f"{key}={value}" for key, value in event.items() if key not in _COMMON)
+    who = f"{event['comm']}({event['pid']})"
+    return f"{stamp} {event['region']} {event['event']} {where}{more} by {who}".replace("  ", " ")
