@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING
 
 import click
 
 from msharefs.cli.exits import Exit, Failure, status_of
 from msharefs.cli.types import complete_mounts
 from msharefs.client import mounts
-from msharefs.fuse.mount import MountError, unmount
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from msharefs.service.mounts import MountError, unmount, users
 
 
 @click.command("umount")
@@ -38,22 +34,7 @@ def command(directory: str, lazy: bool) -> None:
         unmount(path, detach=lazy)
     except MountError as error:
         if error.errno == errno.EBUSY:
-            users = ", ".join(_users(path))
-            held = f"in use by {users}" if users else "in use"
+            who = ", ".join(users(path))
+            held = f"in use by {who}" if who else "in use"
             raise Failure(f"{path} is {held}; end them, or use --lazy", Exit.BUSY) from error
         raise Failure(str(error), status_of(error)) from error
-
-
-def _users(path: str) -> Iterator[str]:
-    """Who keeps the mount busy, as far as /proc tells: ``comm (pid)``."""
-    import psutil  # noqa: PLC0415 - only on the way to an error
-
-    inside = (path, path.rstrip("/") + "/")
-    for process in psutil.process_iter():
-        try:
-            names = [process.cwd(), *(file.path for file in process.open_files())]
-            names += [mapped.path for mapped in process.memory_maps()]
-        except (psutil.Error, OSError):
-            continue
-        if any(name == inside[0] or name.startswith(inside[1]) for name in names):
-            yield f"{process.name()} ({process.pid})"
