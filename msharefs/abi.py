@@ -49,10 +49,7 @@ class Prot(IntFlag):
         >>> (Prot.READ | Prot.WRITE).text()
         'rw-'
         """
-        return "".join(
-            letter if bit in self else "-"
-            for letter, bit in (("r", Prot.READ), ("w", Prot.WRITE), ("x", Prot.EXEC))
-        )
+        return _PROT_TEXTS[self & 7]
 
     @classmethod
     def parse(cls, text: str) -> Prot:
@@ -72,6 +69,8 @@ class Prot(IntFlag):
             value |= bits[letter]
         return value
 
+
+_PROT_TEXTS: Final = ("---", "r--", "-w-", "rw-", "--x", "r-x", "-wx", "rwx")
 
 PROT_ALL: Final = Prot.READ | Prot.WRITE | Prot.EXEC
 

@@ -250,7 +250,7 @@ class Region:
 
 def check_may_change(access: Prot) -> None:
     """Whoever may open a region for writing may change its table; others may not."""
-    if not access & Prot.WRITE:
+    if not int(access) & Prot.WRITE:
         raise DescriptorReadOnly("the descriptor is not open for writing")
 
 

@@ -107,8 +107,14 @@ class Changes:
         if state.lock.locked():
             return self._change_slowly(file, state, plan, event)
         change = plan()
-        file.region.check_descriptors(change)
-        if change.gained or _drops_much(file, change):
+        if change.gained:
+            file.region.check_descriptors(change)
+            return self._change_slowly(file, state, plan, event)
+        if not _moves_memory(change):
+            file.region.apply(change)
+            self._done(file, event)
+            return None
+        if _drops_much(file, change):
             return self._change_slowly(file, state, plan, event)
         self._begin(file, change)
         try:
@@ -183,7 +189,7 @@ class Changes:
             await self._resize_locked(file, max(size, file.region.size), actor, via)
 
     async def _resize_locked(self, file: RegionFile, size: int, actor: Actor, via: str) -> None:
-        resize = file.region.plan_resize(size)
+        resize, was_sized = file.region.plan_resize(size), file.region.sized
         self._apply_resize(file, resize)
         try:
             if resize.change.ranges:
@@ -192,7 +198,7 @@ class Changes:
                 file.backing.resize(size)
         except BaseException:
             file.region.apply(resize.change.inverse())
-            file.region.size = resize.old_size
+            file.region.size, file.region.sized = resize.old_size, was_sized
             self.store.reserve(-_anonymous_delta(resize.change))
             raise
         detail = (("old", resize.old_size),)
@@ -202,6 +208,11 @@ class Changes:
     def _apply_resize(self, file: RegionFile, resize: Resize) -> None:
         self.store.reserve(_anonymous_delta(resize.change))
         file.region.apply_resize(resize)
+
+
+def _moves_memory(change: Change) -> bool:
+    """Whether memory comes or goes: a change of protections alone has none of that to do."""
+    return any(part.replaced or part.old is None for part in change.ranges)
 
 
 def _anonymous_delta(change: Change) -> int:

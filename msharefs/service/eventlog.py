@@ -43,7 +43,7 @@ class Entry:
 
     def line(self) -> bytes:
         if self._line is None:
-            head = {"seq": self.seq, "time": self.time}
+            head = {"seq": self.seq, "time": round(self.time, 6)}
             self._line = encode_line({**head, **self.event.fields()})
         return self._line
 
@@ -117,7 +117,7 @@ class EventLog:
         return Ring(self._region_capacity)
 
     def add(self, event: Event, region_ring: Ring) -> None:
-        entry = Entry(self._next_seq, round(time.time(), 6), event)
+        entry = Entry(self._next_seq, time.time(), event)
         self._next_seq += 1
         self.ring.append(entry)
         region_ring.append(entry)
@@ -178,7 +178,12 @@ class Reader:
             lost, self._next = ring.first - self._next, ring.first
             oldest = ring.entry(ring.first)
             return encode_line(
-                {"seq": oldest.seq, "time": oldest.time, "event": "overflow", "lost": lost}
+                {
+                    "seq": oldest.seq,
+                    "time": round(oldest.time, 6),
+                    "event": "overflow",
+                    "lost": lost,
+                }
             )
         if self._next == ring.end:
             return b""
