@@ -1,0 +1,163 @@
+"""The commands on a real mount: what they print, and how they end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from msharefs.cli.main import COMMANDS
+
+
+@pytest.fixture
+def mshare(mount):
+    """Run a command; its FILE arguments are relative to the mount of this test."""
+
+    def run(*arguments, status=0):
+        words = [
+            word.replace("@", f"{mount.path}/") if word.startswith("@") else word
+            for word in arguments
+        ]
+        command = [sys.executable, "-m", "msharefs.cli.main", *words]
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+        assert done.returncode == status, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        if status:
+            assert len(done.stderr.strip().splitlines()) <= 1, "an error is one line"
+        return done.stdout if not status else done.stdout + done.stderr
+
+    return run
+
+
+def test_a_region_through_its_life(mshare, mount):
+    mshare("create", "@pool", "--size", "64M", "--mode", "640")
+    assert (mount.path / "pool").stat().st_mode & 0o777 == 0o640
+    assert (mount.path / "pool").stat().st_size == 64 << 20
+    mshare("map", "@pool", "--anon", "--offset", "0", "--length", "1M", "--prot", "rw-")
+    mshare("protect", "@pool", "--offset", "0x10000", "--length", "64K", "--prot", "r--")
+    listed = json.loads(mshare("query", "@pool", "--json"))["mappings"]
+    assert [row["prot"] for row in listed] == ["rw-", "r--", "rw-"]
+    assert (
+        mshare("query", "@pool", "--offset", "64K", "--noheadings", "-o", "PROT").strip() == "r--"
+    )
+    assert "1M" in mshare("ls", str(mount.path))
+    regions = json.loads(mshare("ls", str(mount.path), "--json"))["regions"]
+    assert regions[0]["name"] == "pool"
+    assert regions[0]["size"] == 64 << 20
+    mshare("unmap", "@pool", "--offset", "0", "--length", "1M")
+    assert "nothing is mapped" in mshare("query", "@pool", "--offset", "0", status=4)
+    mshare("resize", "@pool", "1M")
+    assert (mount.path / "pool").stat().st_size == 1 << 20
+    mshare("rm", "@pool")
+    assert not (mount.path / "pool").exists()
+
+
+def test_info_says_what_a_region_and_a_mount_are(mshare, mount):
+    mshare("create", "@r", "--size", "1M")
+    assert json.loads(mshare("info", "@r", "--json"))["size"] == 1 << 20
+    found = json.loads(mshare("info", str(mount.path), "--json"))
+    assert found["alignment"] == 4096
+    assert found["features"] == ["protect", "query", "events"]
+
+
+def test_ioctl_sends_any_command_field_by_field(mshare):
+    mshare("create", "@r", "--size", "1M")
+    flags = "flags=MAP_SHARED|MAP_FIXED|MAP_ANONYMOUS"
+    mshare("ioctl", "@r", "map", "size=64K", "prot=rw-", flags)
+    answer = json.loads(mshare("ioctl", "@r", "query", "query_flags=next", "--json"))
+    assert (answer["start"], answer["size"], answer["prot"]) == (0, 65536, 3)
+    message = mshare("ioctl", "@r", "protect", "size=1M", "prot=r--", status=1)
+    assert "ENOMEM" in message
+    assert "EOPNOTSUPP" in mshare("ioctl", "@r", "sync", "size=4K", status=1)
+    mshare("ioctl", "@r", "map", "bogus=1", status=2)
+    mshare("ioctl", "@r", "map", "prot=zz", status=2)
+
+
+def test_watch_follows_events(mshare, mount):
+    mshare("create", "@r", "--size", "1M")
+    lines = mshare("watch", "@r", "--json", "--history", "--count", "2").splitlines()
+    assert [json.loads(line)["event"] for line in lines] == ["open", "resize"]
+    assert "resize" in mshare("watch", "@r", "--history", "--timeout", "0")
+    mshare("watch", "@r", "--count", "1", "--timeout", "0", status=4)
+    watcher = subprocess.Popen(
+        [sys.executable, "-m", "msharefs.cli.main", "watch", str(mount.path), "--count", "1"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        # It has begun to watch once it has read what was there: its descriptor is open then.
+        while not _has_open(watcher.pid, f"{mount.path}/.control/events"):
+            assert watcher.poll() is None
+        while watcher.poll() is None:
+            with (mount.path / "other").open("wb"):
+                pass
+            try:
+                watcher.wait(0.05)
+            except subprocess.TimeoutExpired:
+                continue
+        assert "other open" in watcher.stdout.read()
+    finally:
+        watcher.kill()
+        watcher.communicate()
+
+
+def _has_open(pid, path):
+    try:
+        links = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
+    except OSError:
+        return False
+    return path in links
+
+
+def test_errors_are_one_line_and_have_their_status(mshare, mount):
+    assert "no such region" in mshare("query", "@nope", status=3)
+    mshare("create", "@r", "--size", "1M")
+    mshare("create", "@r", "--size", "1M", status=6)
+    mshare("create", "@s", "--size", "zebra", status=2)
+    mshare("rm", "@mshare_info", status=5)
+    wrong = ("map", "@r", "--anon", "--offset", "1", "--length", "4K", "--prot", "rw-")
+    assert "not a multiple of 4096" in mshare(*wrong, status=1)
+    hole = ("protect", "@r", "--offset", "0", "--length", "4K", "--prot", "r--")
+    mshare(*hole, status=4)
+    mshare("mount", str(mount.path), status=6)
+    mshare("mount", f"{mount.path}-missing", status=3)
+    mshare("mount", "/tmp", "-o", "bogus", status=2)
+    mshare("umount", "/nowhere", status=3)
+
+
+def test_check_reports_every_probe(mshare):
+    checks = {row["name"]: row for row in json.loads(mshare("check", "--json"))["checks"]}
+    assert checks["fuse-passthrough"]["ok"]
+    assert all(row["ok"] or row["mend"] for row in checks.values())
+
+
+def test_every_command_teaches(mshare):
+    for name in COMMANDS:
+        text = mshare(name, "--help")
+        assert "Example" in text, name
+
+
+def test_background_mount_and_umount(mshare, tmp_path):
+    place = tmp_path / "second"
+    place.mkdir()
+    try:
+        assert "served by process" in mshare("mount", str(place), "--background", "-o", "size=1M")
+        assert (place / "mshare_info").read_text() == "4096\n"
+    finally:
+        mshare("umount", str(place))
+    assert not (place / "mshare_info").exists()
+
+
+def test_completion_scripts(mshare):
+    for shell in ("bash", "zsh", "fish"):
+        assert "MSHARE_COMPLETE" in mshare("completion", shell)
