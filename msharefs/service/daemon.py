@@ -108,8 +108,8 @@ async def _serve(
             await session.run(announce)
             nursery.cancel_scope.cancel()
     finally:
-        namespace.clear()
         handles.clear()
+        namespace.clear()
     log.info("unmounted %s", mountpoint)
 
 

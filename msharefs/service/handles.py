@@ -123,4 +123,8 @@ class Handles:
         return self._by_number.pop(number, None)
 
     def clear(self) -> None:
+        """The session has ended: nobody may be told of events through it any more."""
+        for handle in self._by_number.values():
+            if isinstance(handle, EventsHandle):
+                handle.disarm()
         self._by_number.clear()
