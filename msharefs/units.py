@@ -1,7 +1,8 @@
-"""How people write sizes: ``64M``, ``2GiB``, ``0x1000``."""
+"""How people write sizes (``64M``, ``2GiB``, ``0x1000``) and call errors (``EBUSY``)."""
 
 from __future__ import annotations
 
+import errno
 import re
 from typing import Final
 
@@ -36,3 +37,14 @@ def format_size(size: int) -> str:
         value, unit = value / 1024, larger
     text = f"{value:.1f}".removesuffix(".0")
     return text + unit
+
+
+def errno_name(code: int) -> str:
+    """The name of an errno; of its two names for 95, the one that ioctl's manual pages use.
+
+    >>> errno_name(16), errno_name(95), errno_name(9999)
+    ('EBUSY', 'EOPNOTSUPP', 'errno 9999')
+    """
+    if code == errno.EOPNOTSUPP:
+        return "EOPNOTSUPP"
+    return errno.errorcode.get(code, f"errno {code}")

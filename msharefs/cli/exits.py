@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from msharefs.client import NotAMount, SeveralMounts
+from msharefs.units import errno_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,11 +79,6 @@ class Failure(click.ClickException):
         super().__init__(message)
         self.status = status
         setattr(self, "exit_code", int(status))  # noqa: B010 - typed as the class's, not ours
-
-
-def errno_name(code: int | None) -> str:
-    """``EBUSY``; a number that has no name as itself."""
-    return errno.errorcode.get(code or 0, f"errno {code}")
 
 
 def describe(error: OSError, reason: str | None = None) -> str:

@@ -22,6 +22,7 @@ from msharefs.client import (
     events,
     locate,
 )
+from msharefs.units import errno_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -95,6 +96,6 @@ def refusal(file: RegionFile, error: OSError) -> str | None:
         for event in map(json.loads, stream.lines(wait=False)):
             if event["event"] == "refuse" and event["pid"] == os.getpid():
                 found = event
-    if found is None or found.get("error") != errno.errorcode.get(error.errno or 0):
+    if found is None or found.get("error") != errno_name(error.errno or 0):
         return None
     return str(found["reason"])

@@ -7,7 +7,6 @@ event log with its reason, since an errno says little.
 
 from __future__ import annotations
 
-import errno
 import os
 import struct
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -42,6 +41,7 @@ from msharefs.region.mapping import PROTS
 from msharefs.region.region import check_may_change
 from msharefs.service.errors import NotAnIoctl, errno_of
 from msharefs.service.handles import DirectoryHandle, RegionHandle
+from msharefs.units import errno_name
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -119,9 +119,7 @@ class Ioctls:
     ) -> None:
         if isinstance(error, NothingThere):
             return  # how a program walks the table to its end, not a refusal
-        number = errno_of(error, command.name)
-        # One number, two names; the manual pages of ioctl say EOPNOTSUPP.
-        code = "EOPNOTSUPP" if number == errno.EOPNOTSUPP else errno.errorcode[number]
+        code = errno_name(errno_of(error, command.name))
         via = command.name.removesuffix("_I386")
         self._changes.refuse(handle.file, handle.actor(tid), via, code, str(error))
 

@@ -76,7 +76,7 @@ def test_ioctl_sends_any_command_field_by_field(mshare):
     mshare("ioctl", "@r", "map", "size=64K", "prot=rw-", flags)
     answer = json.loads(mshare("ioctl", "@r", "query", "query_flags=next", "--json"))
     assert (answer["start"], answer["size"], answer["prot"]) == (0, 65536, 3)
-    message = mshare("ioctl", "@r", "protect", "size=1M", "prot=r--", status=1)
+    message = mshare("ioctl", "@r", "protect", "size=1M", "prot=r--", status=4)
     assert "ENOMEM" in message
     assert "EOPNOTSUPP" in mshare("ioctl", "@r", "sync", "size=4K", status=1)
     mshare("ioctl", "@r", "map", "bogus=1", status=2)
