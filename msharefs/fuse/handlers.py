@@ -94,6 +94,9 @@ class Handlers:
     None leaves the filesystem's reply as it is. If it raises, the open fails with that errno and
     the filesystem is told to release the file (and, of a file just created, to forget one lookup;
     its name stays).
+
+    ``released`` is told of a RELEASE before the filesystem is: a close() is followed at once by
+    whatever its caller does next, which may be answered here before the filesystem has seen it.
     """
 
     ioctl: Callable[[IoctlRequest], IoctlReply | Awaitable[IoctlReply]]
@@ -102,3 +105,4 @@ class Handlers:
     opened: Callable[[OpenedFile], OpenedResult]
     errno_of: Callable[[BaseException, str], int]
     write: Callable[[WriteRequest], int | Awaitable[int] | Forward] = lambda _request: FORWARD
+    released: Callable[[int], None] = lambda _fh: None

@@ -113,6 +113,7 @@ class Router:
         self.ended: Final = trio.Event()
         self.gone: int | None = None
         self._answers = Answers(device, handlers.errno_of)
+        self._released = handlers.released
         served = Served(handlers, self._answers, self._forward)
         self._opening = Opening(handlers.opened, self._answers, self.backing, self)
         self._forwarded: dict[int, _Forwarded] = {}
@@ -238,6 +239,10 @@ class Router:
 
     def _on_release(self, request: ReleaseRequest, frame: Frame) -> None:
         self.backing.release(request.nodeid, request.fh)
+        try:
+            self._released(request.fh)
+        except Exception:
+            log.exception("the handler of RELEASE failed")
         self._forward(request, frame)
 
     def _on_init(self, request: InitRequest, frame: Frame) -> None:

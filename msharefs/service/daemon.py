@@ -81,15 +81,16 @@ async def _serve(
         files = Files(handles, changes)
         features = FEATURES | (Feature.HUGE if options.huge not in {None, "never"} else Feature(0))
         ioctls = Ioctls(handles, changes, features=features, region_devices=_region_devices)
+        operations = Filesystem(namespace, handles, changes, store)
         handlers = Handlers(
             ioctl=ioctls,
             fallocate=files.fallocate,
             read=files.read,
             write=files.write,
             opened=files.opened,
+            released=operations.close,
             errno_of=errno_of,
         )
-        operations = Filesystem(namespace, handles, changes, store)
         session = Session(operations, device, handlers, mountpoint=mountpoint)
     except BaseException:
         os.close(device)

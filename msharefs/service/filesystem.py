@@ -285,12 +285,12 @@ class Filesystem(pyfuse3.Operations):
                 actor = self._handles.region(number).actor(ctx.pid)
                 await self._changes.resize(file, 0, actor, "open")
             except BaseException:
-                self._close(number)
+                self.close(number)
                 raise
         return _file_info(number)
 
     async def release(self, fh: int) -> None:
-        self._close(fh)
+        self.close(fh)
 
     async def fsync(self, fh: int, datasync: bool) -> None:
         """Anonymous memory has no storage to reach."""
@@ -362,7 +362,8 @@ class Filesystem(pyfuse3.Operations):
         found = await trio.to_thread.run_sync(self._changes.census, file.ino)
         return TextHandle(control.clients_text(found))
 
-    def _close(self, number: int) -> None:
+    def close(self, number: int) -> None:
+        """Let go of an open file; told of it twice, by the router first, so that is no error."""
         handle = self._handles.remove(number)
         if isinstance(handle, EventsHandle):
             handle.disarm()

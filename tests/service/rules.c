@@ -1,0 +1,285 @@
+/* Asserts the errno of each rule in docs/ioctl.md on a mount, one line each. argv[1] is the mount.
+ * Prints "ok RULE" or "FAIL RULE: got X, want Y"; exits with the number of failures. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/xattr.h>
+#include <unistd.h>
+
+#include "msharefs.h"
+
+#define PAGE 4096ull
+#define FLAGS (MAP_SHARED | MAP_FIXED | MAP_ANONYMOUS)
+#define RW (PROT_READ | PROT_WRITE)
+
+static int failures;
+static char path[4096];
+
+static void is(const char *rule, long got, long want)
+{
+	if (got == want) {
+		printf("ok %s\n", rule);
+	} else {
+		printf("FAIL %s: got %ld, want %ld\n", rule, got, want);
+		failures++;
+	}
+}
+
+/* A call's result if it is not negative, else the negative errno. */
+#define R(call) ({ errno = 0; long r_ = (long)(call); r_ < 0 ? -(long)errno : r_; })
+
+static const char *at(const char *root, const char *name)
+{
+	snprintf(path, sizeof path, "%s/%s", root, name);
+	return path;
+}
+
+static long map(int fd, __u64 offset, __u64 size, __u32 prot, __u32 flags, int object)
+{
+	struct mshare_create args = { 0 };
+	args.region_offset = offset;
+	args.size = size;
+	args.prot = prot;
+	args.flags = flags;
+	args.fd = (__u32)object;
+	return R(ioctl(fd, MSHAREFS_CREATE_MAPPING, &args));
+}
+
+static long unmap(int fd, __u64 offset, __u64 size)
+{
+	struct mshare_unmap args = { 0 };
+	args.region_offset = offset;
+	args.size = size;
+	return R(ioctl(fd, MSHAREFS_UNMAP, &args));
+}
+
+static long protect(int fd, __u64 offset, __u64 size, __u32 prot, __u32 flags)
+{
+	struct mshare_protect args = { 0 };
+	args.region_offset = offset;
+	args.size = size;
+	args.prot = prot;
+	args.flags = flags;
+	return R(ioctl(fd, MSHAREFS_PROTECT, &args));
+}
+
+static long query(int fd, __u64 offset, __u32 flags, struct mshare_query *args)
+{
+	memset(args, 0, sizeof *args);
+	args->region_offset = offset;
+	args->query_flags = flags;
+	return R(ioctl(fd, MSHAREFS_QUERY, args));
+}
+
+static long notify(int fd, __u64 size, __u32 events, __u32 mode, __u32 signo, __u32 flags)
+{
+	struct mshare_notify args = { 0 };
+	args.size = size;
+	args.events = events;
+	args.mode = mode;
+	args.signo = signo;
+	args.flags = flags;
+	return R(ioctl(fd, MSHAREFS_NOTIFY, &args));
+}
+
+static void ranges(int fd)
+{
+	is("unaligned offset", map(fd, 1, PAGE, RW, FLAGS, -1), -EINVAL);
+	is("unaligned size", map(fd, 0, PAGE + 1, RW, FLAGS, -1), -EINVAL);
+	is("zero size", map(fd, 0, 0, RW, FLAGS, -1), -EINVAL);
+	is("overflow", map(fd, PAGE, ~0ull - PAGE + 1, RW, FLAGS, -1), -EINVAL);
+	is("past the end", map(fd, 15 * PAGE, 2 * PAGE, RW, FLAGS, -1), -EINVAL);
+	is("wild offset", unmap(fd, 1ull << 62, PAGE), -EINVAL);
+	is("unmap zero", unmap(fd, 0, 0), -EINVAL);
+	is("protect unaligned", protect(fd, 7, PAGE, RW, 0), -EINVAL);
+	is("without MAP_SHARED", map(fd, 0, PAGE, RW, MAP_FIXED | MAP_ANONYMOUS, -1), -EINVAL);
+	is("MAP_PRIVATE", map(fd, 0, PAGE, RW, MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS, -1), -EINVAL);
+	is("without MAP_FIXED", map(fd, 0, PAGE, RW, MAP_SHARED | MAP_ANONYMOUS, -1), -EINVAL);
+	is("MAP_HUGETLB", map(fd, 0, PAGE, RW, FLAGS | MAP_HUGETLB, -1), -EINVAL);
+	is("unknown protection", map(fd, 0, PAGE, 0x100, FLAGS, -1), -EINVAL);
+	is("protect flags", protect(fd, 0, PAGE, RW, 1), -EINVAL);
+}
+
+static void objects(int fd, const char *root)
+{
+	const int flags = MAP_SHARED | MAP_FIXED;
+	int pipes[2], sockets[2], secret;
+	int reader = open("/etc/passwd", O_RDONLY), dir = open("/", O_RDONLY);
+	int null = open("/dev/null", O_RDWR), place = open("/etc/passwd", O_PATH);
+	int writer = open("/tmp", O_TMPFILE | O_WRONLY, 0600), file = memfd_create("object", 0);
+
+	is("pipe2", pipe(pipes), 0);
+	is("socketpair", socketpair(AF_UNIX, SOCK_STREAM, 0, sockets), 0);
+	is("object: no such descriptor", map(fd, 0, PAGE, PROT_READ, flags, 999), -EBADF);
+	is("object: -1", map(fd, 0, PAGE, PROT_READ, flags, -1), -EBADF);
+	is("object: O_PATH", map(fd, 0, PAGE, PROT_READ, flags, place), -EBADF);
+	is("object: not readable", map(fd, 0, PAGE, PROT_READ, flags, writer), -EACCES);
+	is("object: not writable", map(fd, 0, PAGE, RW, flags, reader), -EACCES);
+	is("object: directory", map(fd, 0, PAGE, PROT_READ, flags, dir), -EINVAL);
+	is("object: device", map(fd, 0, PAGE, PROT_READ, flags, null), -EINVAL);
+	is("object: pipe", map(fd, 0, PAGE, PROT_READ, flags, pipes[0]), -EINVAL);
+	is("object: socket", map(fd, 0, PAGE, PROT_READ, flags, sockets[0]), -EINVAL);
+	is("object: this region", map(fd, 0, PAGE, PROT_READ, flags, fd), -EINVAL);
+	secret = (int)syscall(447, 0); /* memfd_secret(2); not on every kernel */
+	if (secret >= 0)
+		is("object: secret memory", map(fd, 0, PAGE, PROT_READ, flags, secret), -EINVAL);
+	is("object: a good file", map(fd, 0, PAGE, RW, flags, file), -EOPNOTSUPP);
+	is("nothing came of it", access(at(root, "r"), F_OK), 0);
+}
+
+static void table(int fd)
+{
+	struct mshare_query found;
+	char byte = 'x';
+
+	is("map", map(fd, 0, 4 * PAGE, RW, FLAGS, -1), 0);
+	is("noreplace", map(fd, 3 * PAGE, 2 * PAGE, RW, FLAGS | MAP_FIXED_NOREPLACE, -1), -EEXIST);
+	is("nothing added", query(fd, 4 * PAGE, 0, &found), -ENOENT);
+	is("write", R(pwrite(fd, &byte, 1, 0)), 1);
+	is("replace", map(fd, 0, PAGE, RW, FLAGS, -1), 0);
+	is("read", R(pread(fd, &byte, 1, 0)), 1);
+	is("replaced by zeroes", byte, 0);
+	is("unmap with a hole", unmap(fd, 2 * PAGE, 8 * PAGE), 0);
+	is("protect over a hole", protect(fd, 0, 4 * PAGE, PROT_READ, 0), -ENOMEM);
+	is("query", query(fd, PAGE, 0, &found), 0);
+	is("query: start", (long)found.start, 0);
+	is("query: size", (long)found.size, 2 * PAGE);
+	is("query: nothing changed", found.prot, RW);
+	is("query: kind", found.kind, MSHAREFS_KIND_ANON);
+	is("query: hole", query(fd, 2 * PAGE, 0, &found), -ENOENT);
+	is("map higher", map(fd, 8 * PAGE, PAGE, PROT_READ, FLAGS, -1), 0);
+	is("query: next", query(fd, 3 * PAGE, 1, &found), 0);
+	is("query: next start", (long)found.start, 8 * PAGE);
+	is("query: past the last", query(fd, 9 * PAGE, 1, &found), -ENOENT);
+	is("query: flags", query(fd, 0, 2, &found), -EINVAL);
+}
+
+static void reading_and_writing(int fd)
+{
+	static char buffer[8 * 4096];
+
+	/* rw- 0-2, hole 2-8, r-- 8-9, hole */
+	is("short read", R(pread(fd, buffer, 4 * PAGE, PAGE)), PAGE);
+	is("read of a hole", R(pread(fd, buffer, 1, 2 * PAGE)), -ENXIO);
+	is("short write", R(pwrite(fd, buffer, 4 * PAGE, PAGE)), PAGE);
+	is("write to a hole", R(pwrite(fd, buffer, 1, 2 * PAGE)), -ENXIO);
+	is("write to r--", R(pwrite(fd, buffer, 1, 8 * PAGE)), -EACCES);
+	is("read at the end", R(pread(fd, buffer, 1, 16 * PAGE)), 0);
+	is("write past the end", R(pwrite(fd, buffer, 1, 16 * PAGE)), -ENXIO);
+	is("protect none", protect(fd, PAGE, PAGE, PROT_NONE, 0), 0);
+	is("short read before ---", R(pread(fd, buffer, 2 * PAGE, 0)), PAGE);
+	is("read of ---", R(pread(fd, buffer, 1, PAGE)), -EACCES);
+	is("protect back", protect(fd, PAGE, PAGE, RW, 0), 0);
+}
+
+static void rights(int fd, const char *root)
+{
+	int reader, fresh;
+	void *memory;
+
+	is("open O_RDONLY of rw-", R(open(at(root, "r"), O_RDONLY)), -EACCES);
+	is("open O_WRONLY of rw-", R(open(at(root, "r"), O_WRONLY)), -EACCES);
+	fresh = open(at(root, "fresh"), O_RDWR | O_CREAT, 0600);
+	is("size", R(ftruncate(fresh, 16 * PAGE)), 0);
+	reader = open(at(root, "fresh"), O_RDONLY);
+	is("a reader blocks PROT_WRITE", map(fresh, 0, PAGE, RW, FLAGS, -1), -EBUSY);
+	is("a reader lets PROT_READ in", map(fresh, 0, PAGE, PROT_READ, FLAGS, -1), 0);
+	is("a reader blocks PROTECT", protect(fresh, 0, PAGE, RW, 0), -EBUSY);
+	is("a reader may not change", unmap(reader, 0, PAGE), -EACCES);
+	memory = mmap(NULL, PAGE, PROT_READ, MAP_SHARED, reader, 0);
+	close(reader);
+	is("a mapping blocks PROTECT", protect(fresh, 0, PAGE, RW, 0), -EBUSY);
+	munmap(memory, PAGE);
+	is("nobody blocks PROTECT", protect(fresh, 0, PAGE, RW, 0), 0);
+	close(fresh);
+	(void)fd;
+}
+
+static void watching(int fd)
+{
+	struct mshare_sync sync = { 0 };
+	struct mshare_info_args info = { 0 };
+
+	is("notify: size 0", notify(fd, 0, 1, 0, 0, 0), -EINVAL);
+	is("notify: events", notify(fd, PAGE, 4, 0, 0, 0), -EINVAL);
+	is("notify: mode", notify(fd, PAGE, 1, 3, 0, 0), -EINVAL);
+	is("notify: signal 0", notify(fd, PAGE, 1, 1, 0, 0), -EINVAL);
+	is("notify: flags", notify(fd, PAGE, 1, 0, 0, 1), -EINVAL);
+	is("notify", notify(fd, PAGE, 1, 0, 0, 0), -EOPNOTSUPP);
+	sync.size = PAGE;
+	sync.reserved = 1;
+	is("sync: reserved", R(ioctl(fd, MSHAREFS_SYNC, &sync)), -EINVAL);
+	sync.reserved = 0;
+	is("sync", R(ioctl(fd, MSHAREFS_SYNC, &sync)), -EOPNOTSUPP);
+	is("info", R(ioctl(fd, MSHAREFS_INFO, &info)), 0);
+	is("info: alignment", (long)info.alignment, PAGE);
+	is("info: size", (long)info.region_size, 16 * PAGE);
+	is("unknown command", R(ioctl(fd, _IO('x', 0x1f), 0)), -ENOTTY);
+	is("known command, wrong size", R(ioctl(fd, _IOW('x', 1, __u64), &info)), -ENOTTY);
+}
+
+static void names(int fd, const char *root)
+{
+	static const char *const reserved[] = { "mshare_info", ".control" };
+	char to[4096], byte = 'x';
+	int other;
+
+	snprintf(to, sizeof to, "%s/elsewhere", root);
+	for (size_t i = 0; i < sizeof reserved / sizeof *reserved; i++)
+		is("rename reserved", R(rename(at(root, reserved[i]), to)), -EPERM);
+	is("unlink mshare_info", R(unlink(at(root, "mshare_info"))), -EPERM);
+	is("rmdir .control", R(rmdir(at(root, ".control"))), -EPERM);
+	is("create .objects", R(open(at(root, ".objects"), O_CREAT | O_RDWR, 0600)), -EPERM);
+	is("mkdir in .control", R(mkdir(at(root, ".control/x"), 0700)), -EPERM);
+	is("symlink", R(symlink("r", to)), -EPERM);
+	is("fifo", R(mkfifo(to, 0600)), -EPERM);
+	is("setxattr", R(fsetxattr(fd, "user.a", "b", 1, 0)), -EOPNOTSUPP);
+	is("getxattr", R(fgetxattr(fd, "user.a", to, 1)), -EOPNOTSUPP);
+	is("punch", R(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, PAGE)), -EOPNOTSUPP);
+	other = open(at(root, "r"), O_RDWR | O_APPEND);
+	is("append", R(write(other, &byte, 1)), -ENXIO);
+	close(other);
+	other = open(at(root, "r"), O_RDWR | O_DIRECT);
+	is("O_DIRECT, unaligned", R(pread(other, &byte, 1, 1)), 1);
+	close(other);
+	is("O_TRUNC of rw- without read", R(open(at(root, "r"), O_WRONLY | O_TRUNC)), -EACCES);
+	is("grow by fallocate", R(fallocate(fd, 0, 0, 32 * PAGE)), 0);
+	is("grown", (long)lseek(fd, 0, SEEK_END), 32 * PAGE);
+	other = open(at(root, "r"), O_RDWR | O_TRUNC);
+	is("O_TRUNC", (long)lseek(other, 0, SEEK_END), 0);
+	close(other);
+}
+
+int main(int argc, char **argv)
+{
+	int fd;
+
+	if (argc != 2)
+		return 2;
+	fd = open(at(argv[1], "r"), O_RDWR | O_CREAT | O_EXCL, 0600);
+	if (fd < 0) {
+		perror(path);
+		return 2;
+	}
+	is("before the size is set", map(fd, 0, PAGE, RW, FLAGS, -1), -EINVAL);
+	is("unmap before the size is set", unmap(fd, 0, PAGE), -EINVAL);
+	is("protect before the size is set", protect(fd, 0, PAGE, RW, 0), -EINVAL);
+	is("unknown before the size is set", R(ioctl(fd, _IO('x', 0x1f), 0)), -ENOTTY);
+	is("size", R(ftruncate(fd, 16 * PAGE)), 0);
+	ranges(fd);
+	objects(fd, argv[1]);
+	table(fd);
+	reading_and_writing(fd);
+	rights(fd, argv[1]);
+	watching(fd);
+	names(fd, argv[1]);
+	return failures ? 1 : 0;
+}
