@@ -7,20 +7,20 @@ import json
 import attrs
 import click
 
+from msharefs.cli.command import define
 from msharefs.cli.exits import Exit
 
 
-@click.command("check")
+@define(
+    "check",
+    examples=("mshare check",),
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:
-    r"""Try out what a mount needs of this machine, and say how to mend each lack.
+    """Try out what a mount needs of this machine.
 
-    Exit status 1 if a mount would not work.
-
-    \b
-    Example:
-      mshare check
+    Says how to mend each lack. Exit status 1 if a mount would not work.
     """
     from msharefs.service.probe import probe_all  # noqa: PLC0415 - heavy
 

@@ -102,13 +102,9 @@ def choose(columns: Sequence[Column[Row]], wanted: str | None) -> list[Column[Ro
     return chosen
 
 
-def help_text(columns: Sequence[Column[Any]]) -> str:
-    """The columns as lines, for ``--help``; the default ones are marked."""
-    width = max(len(column.name) for column in columns)
-    return "\n".join(
-        f"  {column.name.ljust(width)} {'*' if column.default else ' '} {column.help}"
-        for column in columns
-    )
+def help_rows(columns: Sequence[Column[Any]]) -> list[tuple[str, str]]:
+    """The columns for ``--help``; the default ones are marked."""
+    return [(f"{c.name} *" if c.default else c.name, c.help) for c in columns]
 
 
 def output_options(columns: Sequence[Column[Any]]) -> Callable[[_F], _F]:

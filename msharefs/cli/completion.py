@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import click
 
+from msharefs.cli.command import define
+
 SHELLS = ("bash", "zsh", "fish")
 
 
-@click.command("completion")
+@define(
+    "completion",
+    examples=(
+        "mshare completion bash > /etc/bash_completion.d/mshare",
+        'eval "$(mshare completion zsh)"                          # in ~/.zshrc',
+        "mshare completion fish > ~/.config/fish/completions/mshare.fish",
+    ),
+)
 @click.argument("shell", type=click.Choice(SHELLS))
 def command(shell: str) -> None:
-    r"""Print what makes a shell complete mshare's commands, options, regions and columns.
+    """Print what makes a shell complete mshare.
 
-    \b
-    Examples:
-      mshare completion bash > /etc/bash_completion.d/mshare
-      eval "$(mshare completion zsh)"                          # in ~/.zshrc
-      mshare completion fish > ~/.config/fish/completions/mshare.fish
+    Commands, options, regions and columns are completed.
     """
     from click.shell_completion import get_completion_class  # noqa: PLC0415 - only here
 

@@ -6,25 +6,26 @@ import os
 
 import click
 
+from msharefs.cli.command import define
 from msharefs.cli.targets import refusing_as, resolve
 from msharefs.cli.types import file_argument, mode, size
 from msharefs.client import Region
 
 
-@click.command("create")
+@define(
+    "create",
+    examples=(
+        "mshare create pool --size 64M",
+        "mshare create /run/mshare/shared --size 2G --mode 666",
+    ),
+)
 @file_argument
 @click.option("--size", "length", type=size, required=True, help="How large, a multiple of 4K.")
 @click.option(
     "--mode", "permissions", type=mode, default="600", show_default=True, help="As for chmod(1)."
 )
 def command(file: str, length: int, permissions: int) -> None:
-    r"""Make a region that holds nothing yet.
-
-    \b
-    Examples:
-      mshare create pool --size 64M
-      mshare create /run/mshare/shared --size 2G --mode 666
-    """
+    """Make a region that holds nothing yet."""
     region = resolve(file)
     with refusing_as("create", region), Region.create(region.path, length, 0o600):
         # Exactly this mode, whatever the umask: it was asked for in so many words.

@@ -104,6 +104,6 @@ def failing_as(what: str) -> Iterator[None]:
         raise Failure(f"{what}: {describe(error)}", status_of(error)) from error
 
 
-def table_text() -> str:
-    """The exit codes as lines, for ``--help``."""
-    return "\n".join(f"{int(code)}  {meaning}" for code, meaning in EXIT_CODES.items())
+def exit_rows() -> list[tuple[str, str]]:
+    """The exit codes for ``--help`` and the manual page."""
+    return [(str(int(code)), meaning) for code, meaning in EXIT_CODES.items()]

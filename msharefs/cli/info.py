@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from msharefs.abi import Feature
+from msharefs.cli.command import define
 from msharefs.cli.exits import failing_as
 from msharefs.cli.targets import refusing_as, resolve_place
 from msharefs.cli.types import complete_regions
@@ -23,17 +24,17 @@ _SIZES = frozenset(
 )
 
 
-@click.command("info")
+@define(
+    "info",
+    examples=(
+        "mshare info pool",
+        "mshare info /run/mshare --json",
+    ),
+)
 @click.argument("file", metavar="FILE|DIR", shell_complete=complete_regions)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, all sizes in bytes.")
 def command(file: str, as_json: bool) -> None:
-    r"""Show what a region or a mount is: its sizes, limits and features.
-
-    \b
-    Examples:
-      mshare info pool
-      mshare info /run/mshare --json
-    """
+    """Show what a region or a mount is."""
     mount, below = resolve_place(file)
     place = mount.region(below)
     if below and not os.path.isdir(place.path):  # noqa: PTH112 - a string is at hand

@@ -18,6 +18,7 @@ from msharefs.abi import (
     Prot,
     QueryFlag,
 )
+from msharefs.cli.command import define
 from msharefs.cli.targets import open_region, refusing_as, resolve
 from msharefs.cli.types import complete_regions
 from msharefs.units import parse_size
@@ -46,22 +47,23 @@ _WORDS: dict[str, type[IntEnum | IntFlag]] = {
 _PREFIXES = ("MAP_", "MSHAREFS_")
 
 
-@click.command("ioctl")
+@define(
+    "ioctl",
+    examples=(
+        "mshare ioctl pool protect region_offset=0 size=4K prot=r--",
+        "mshare ioctl pool map size=1M prot=rw- flags=MAP_SHARED|MAP_FIXED|MAP_ANONYMOUS",
+        "mshare ioctl pool query region_offset=0x1000 query_flags=next",
+    ),
+)
 @click.argument("file", metavar="FILE", shell_complete=complete_regions)
 @click.argument("name", metavar="COMMAND", type=click.Choice(list(COMMANDS)))
 @click.argument("fields", metavar="[FIELD=VALUE]...", nargs=-1)
 @click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
 def command(file: str, name: str, fields: tuple[str, ...], as_json: bool) -> None:
-    r"""Send one command to a region, field by field, and print what comes back.
+    """Send one command to a region, field by field.
 
-    The fields are those of the struct in msharefs.h; what is not given is zero (fd: -1). Values are
+    What comes back is printed. The fields are those of the struct in msharefs.h; what is not given is zero (fd: -1). Values are
     sizes, numbers, protections, or names joined by |. fd is a descriptor that the shell opened.
-
-    \b
-    Examples:
-      mshare ioctl pool protect region_offset=0 size=4K prot=r--
-      mshare ioctl pool map size=1M prot=rw- flags=MAP_SHARED|MAP_FIXED|MAP_ANONYMOUS
-      mshare ioctl pool query region_offset=0x1000 query_flags=next
     """
     number = COMMANDS[name]
     kind = ARGS_OF[number]

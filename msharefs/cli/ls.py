@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
-from msharefs.cli.columns import SIZE, Column, Layout, help_text, output_options
+from msharefs.cli.columns import SIZE, Column, Layout, help_rows, output_options
+from msharefs.cli.command import define
 from msharefs.cli.exits import Exit, Failure, failing_as
 from msharefs.cli.targets import resolve_place
 from msharefs.cli.types import complete_mounts
@@ -92,19 +93,21 @@ COLUMNS: Final[list[Column[Listed]]] = [
 ]
 
 
-@click.command("ls", epilog=f"\b\nColumns (* by default):\n{help_text(COLUMNS)}")
+@define(
+    "ls",
+    tables={"Columns (* by default)": lambda: help_rows(COLUMNS)},
+    examples=(
+        "mshare ls",
+        "mshare ls /run/mshare -o NAME,USED,CLIENTS",
+        "mshare ls --json | jq -r '.regions[].name'",
+    ),
+)
 @click.argument("directory", metavar="[DIR]", required=False, shell_complete=complete_mounts)
 @output_options(COLUMNS)
 def command(directory: str | None, **options: Any) -> None:
-    r"""List the regions of a mount, or of a directory on it and those below.
+    """List the regions of a mount, or of a directory on it.
 
     What you may not look into shows as - (null in JSON).
-
-    \b
-    Examples:
-      mshare ls
-      mshare ls /run/mshare -o NAME,USED,CLIENTS
-      mshare ls --json | jq -r '.regions[].name'
     """
     mount, below = resolve_place(directory)
     with failing_as(directory or mount.path):

@@ -15,7 +15,8 @@ from typing import Any, Final, NoReturn
 import click
 
 from msharefs import __version__
-from msharefs.cli.exits import Exit, describe, status_of, table_text
+from msharefs.cli.command import write_sections
+from msharefs.cli.exits import Exit, describe, exit_rows, status_of
 
 COMMANDS: Final = {
     name: f"msharefs.cli.{module}"
@@ -40,8 +41,21 @@ COMMANDS: Final = {
 """In the order of ``--help``."""
 
 
+ENVIRONMENT: Final = (("MSHARE_DEBUG", "if set and not empty: as --debug, and servers log more"),)
+FIRST_STEPS: Final = (
+    "mkdir -p /run/mshare && mshare mount /run/mshare --background",
+    "mshare create pool --size 64M",
+    "mshare map pool --anon --offset 0 --prot rw-",
+    "mshare query pool",
+)
+
+
 class Commands(click.Group):
     """Imports a command's module when it is asked for."""
+
+    def format_epilog(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        tables = {"Exit status": exit_rows, "Environment": lambda: ENVIRONMENT}
+        write_sections(formatter, tables, FIRST_STEPS)
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -63,20 +77,6 @@ def _print_version(ctx: click.Context, _param: click.Parameter, wanted: bool) ->
 @click.group(
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
-    epilog=f"""\b
-Exit status:
-{table_text()}
-
-\b
-Environment:
-MSHARE_DEBUG  if set, as --debug
-
-\b
-Start here (as root):
-  mkdir -p /run/mshare && mshare mount /run/mshare --background
-  mshare create pool --size 64M
-  mshare map pool --anon --offset 0 --prot rw-
-  mshare query pool""",
 )
 @click.option("--debug", is_flag=True, help="Show where an error came from.")
 @click.option(

@@ -8,13 +8,20 @@ import stat
 import click
 
 from msharefs.abi import PAGE_SIZE, Prot
+from msharefs.cli.command import define
 from msharefs.cli.exits import failing_as
 from msharefs.cli.targets import refusing_as, resolve
 from msharefs.cli.types import file_argument, offset_option, prot, size
 from msharefs.client import Region
 
 
-@click.command("map")
+@define(
+    "map",
+    examples=(
+        "mshare map pool --anon --offset 0 --length 16M --prot rw-",
+        "mshare map pool /var/lib/table --offset 16M --prot r--",
+    ),
+)
 @file_argument
 @click.argument("object", metavar="[OBJECT]", required=False, type=click.Path())
 @click.option("--anon", is_flag=True, help="Map memory instead of a file.")
@@ -37,14 +44,9 @@ def command(
     object_offset: int,
     noreplace: bool,
 ) -> None:
-    r"""Put OBJECT (a file) or memory into a region, where every process sees it at once.
+    """Put memory, or OBJECT (a file), into a region.
 
     What was in that range before is replaced, unless --noreplace.
-
-    \b
-    Examples:
-      mshare map pool --anon --offset 0 --length 16M --prot rw-
-      mshare map pool /var/lib/table --offset 16M --prot r--
     """
     if anon == (object is not None):
         raise click.UsageError("give either OBJECT or --anon")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from msharefs.cli.columns import HEX, SIZE, Column, Layout, help_text, output_options
+from msharefs.cli.columns import HEX, SIZE, Column, Layout, help_rows, output_options
+from msharefs.cli.command import define
 from msharefs.cli.exits import Exit, Failure
 from msharefs.cli.targets import open_region, refusing_as, resolve
 from msharefs.cli.types import file_argument, size
@@ -45,20 +46,22 @@ COLUMNS: Final[list[Column[Mapping]]] = [
 ]
 
 
-@click.command("query", epilog=f"\b\nColumns (* by default):\n{help_text(COLUMNS)}")
+@define(
+    "query",
+    tables={"Columns (* by default)": lambda: help_rows(COLUMNS)},
+    examples=(
+        "mshare query pool",
+        "mshare query pool --offset 4M -o PROT --noheadings",
+        "mshare query pool --json | jq '[.mappings[].size] | add'",
+    ),
+)
 @file_argument
 @click.option("--offset", type=size, help="Only the mapping that covers this offset.")
 @output_options(COLUMNS)
 def command(file: str, offset: int | None, **options: Any) -> None:
-    r"""Show what is mapped in a region: all of it, or at one offset.
+    """Show what is mapped in a region: all of it, or at one offset.
 
     With --offset, a hole there is exit status 4.
-
-    \b
-    Examples:
-      mshare query pool
-      mshare query pool --offset 4M -o PROT --noheadings
-      mshare query pool --json | jq '[.mappings[].size] | add'
     """
     region = resolve(file)
     with refusing_as("query", region):

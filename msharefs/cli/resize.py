@@ -6,19 +6,21 @@ import os
 
 import click
 
+from msharefs.cli.command import define
 from msharefs.cli.targets import refusing_as, resolve
 from msharefs.cli.types import file_argument, size
 
 
-@click.command("resize")
+@define(
+    "resize",
+    examples=("mshare resize pool 128M",),
+)
 @file_argument
 @click.argument("size", type=size)
 def command(file: str, size: int) -> None:
-    r"""Set the size of a region; what lies behind the new end is unmapped.
+    """Set the size of a region.
 
-    \b
-    Example:
-      mshare resize pool 128M
+    What lies behind the new end is unmapped and its memory freed.
     """
     region = resolve(file)
     with refusing_as("resize", region):

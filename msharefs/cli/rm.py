@@ -6,24 +6,24 @@ import os
 
 import click
 
+from msharefs.cli.command import define
 from msharefs.cli.exits import Failure
 from msharefs.cli.targets import refusing_as, resolve
 from msharefs.cli.types import complete_regions
 
 
-@click.command("rm")
+@define(
+    "rm",
+    examples=("mshare rm pool",),
+)
 @click.argument(
     "files", metavar="FILE...", nargs=-1, required=True, shell_complete=complete_regions
 )
 def command(files: tuple[str, ...]) -> None:
-    r"""Remove regions. The memory of one goes when its last user has gone.
+    """Remove regions.
 
-    Processes that have it open or mapped keep it for as long as they do. Of several, all that can
+    The memory of one goes when its last user has gone: processes that have it open or mapped keep it for as long as they do. Of several, all that can
     be removed are removed; the exit status is that of the first one that cannot.
-
-    \b
-    Example:
-      mshare rm pool
     """
     failed: list[Failure] = []
     for name in files:

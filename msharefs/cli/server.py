@@ -3,7 +3,7 @@
 Promises: exit status 0 in the background only once the mount answers; one line and another status
 if it cannot be mounted. In the background it is a new process in a session of its own (never a
 fork of one that has threads), and logs to ``-o log=FILE`` or to syslog. SIGUSR1 writes the stacks
-of all threads to the log.
+of all threads to standard error or to that FILE.
 """
 
 from __future__ import annotations
@@ -20,23 +20,42 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
+from msharefs.cli.command import define
 from msharefs.cli.exits import Exit, Failure, status_of
 from msharefs.cli.main import run as run_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from msharefs.cli.command import Rows
     from msharefs.service.options import MountOptions
+
+log = logging.getLogger(__name__)
 
 READY: Final = b"ready\n"
 _SYSLOG: Final = Path("/dev/log")
 
 
-@click.command(
-    "msharefs", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80}
+def option_rows() -> Rows:
+    """What ``-o`` takes, for ``--help``."""
+    from msharefs.service.options import MountOptions  # noqa: PLC0415 - heavy
+
+    return MountOptions.HELP
+
+
+@define(
+    "msharefs",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+    tables={"Options for -o": option_rows},
+    examples=(
+        "msharefs /run/mshare -o size=1G",
+        "mount -t fuse.msharefs none /run/mshare -o size=1G",
+    ),
 )
 @click.argument("source_and_dir", nargs=-1, required=True, metavar="[SOURCE] DIR")
-@click.option("-o", "option_words", metavar="OPTIONS", multiple=True, help="See mshare mount.")
+@click.option(
+    "-o", "option_words", metavar="OPTIONS", multiple=True, help="See below; separated by commas."
+)
 @click.option("-f", "--foreground", is_flag=True, help="Stay; log to standard error.")
 @click.option("--ready-fd", type=int, hidden=True)
 def server(
@@ -45,13 +64,11 @@ def server(
     foreground: bool,
     ready_fd: int | None,
 ) -> None:
-    r"""Serve shared-memory regions on the directory DIR.
+    """Serve shared-memory regions on the directory DIR.
 
     Goes to the background once the mount answers, unless -f is given. Ends when it is unmounted,
-    or by SIGINT or SIGTERM, which unmount. mount(8) starts it like this:
-
-    \b
-      mount -t fuse.msharefs none /run/mshare -o size=1G
+    or by SIGINT or SIGTERM, which unmount. SIGUSR1 writes the stacks of its threads to
+    standard error, or to log=FILE.
     """
     if len(source_and_dir) > 2:
         raise click.UsageError("one SOURCE and one DIR at most")
@@ -88,7 +105,11 @@ def serve(
     options = parse_options(text, source)
     _set_up_logging(options.log, in_background=ready_fd is not None)
 
+    is_ready = False
+
     def ready() -> None:
+        nonlocal is_ready
+        is_ready = True
         if ready_fd is not None:
             os.write(ready_fd, READY)
             os.close(ready_fd)
@@ -102,10 +123,13 @@ def serve(
     try:
         run(os.path.abspath(directory), options, ready=ready)  # noqa: PTH100 - keeps symlinks
     except OSError as error:
-        if ready_fd is not None:
-            # The line goes to the process that waits for it, by the standard error it gave us.
-            os.close(ready_fd)
+        if is_ready:
+            log.exception("the server ends")
+        # Before that, the process that waits for us has the line from our standard error.
         raise Failure(str(error), status_of(error)) from error
+    except Exception:
+        log.exception("a bug ends the server")
+        raise
 
 
 def start_in_background(directory: str, text: str, *, source: str) -> int:
@@ -165,7 +189,7 @@ def _set_up_logging(file: str | None, *, in_background: bool) -> None:
     handler.setFormatter(logging.Formatter(form))
     root = logging.getLogger()
     root.addHandler(handler)
-    root.setLevel(logging.INFO)
+    root.setLevel(logging.DEBUG if os.environ.get("MSHARE_DEBUG") else logging.INFO)
     stream = getattr(handler, "stream", None)
     if stream is not None:
         faulthandler.register(signal.SIGUSR1, file=stream)

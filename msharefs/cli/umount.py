@@ -7,24 +7,25 @@ import os
 
 import click
 
+from msharefs.cli.command import define
 from msharefs.cli.exits import Exit, Failure, status_of
 from msharefs.cli.types import complete_mounts
 from msharefs.client import mounts
-from msharefs.service.mounts import MountError, unmount, users
 
 
-@click.command("umount")
+@define(
+    "umount",
+    examples=("mshare umount /run/mshare",),
+)
 @click.argument("directory", metavar="DIR", shell_complete=complete_mounts)
 @click.option("--lazy", is_flag=True, help="Take it out of sight now, even if it is in use.")
 def command(directory: str, lazy: bool) -> None:
-    r"""Unmount DIR; its server ends by itself.
+    """Unmount DIR; its server ends by itself.
 
     Programs that map a region keep the mount busy; --lazy leaves their memory to them.
-
-    \b
-    Example:
-      mshare umount /run/mshare
     """
+    from msharefs.service.mounts import MountError, unmount, users  # noqa: PLC0415 - heavy
+
     path = directory.rstrip("/") or "/"
     if path not in {mount.path for mount in mounts()}:
         path = os.path.abspath(path)  # noqa: PTH100 - resolving would ask a dead server

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from msharefs.cli.command import define
 from msharefs.cli.exits import Exit, failing_as
 from msharefs.cli.targets import resolve_place
 from msharefs.cli.types import complete_regions
@@ -18,7 +19,14 @@ if TYPE_CHECKING:
 _COMMON = {"seq", "time", "region", "event", "offset", "length", "pid", "tid", "comm", "via"}
 
 
-@click.command("watch")
+@define(
+    "watch",
+    examples=(
+        "mshare watch pool",
+        "mshare watch /run/mshare --json --history",
+        "mshare watch pool --count 1 --timeout 10",
+    ),
+)
 @click.argument("file", metavar="FILE|DIR", shell_complete=complete_regions)
 @click.option("--json", "as_json", is_flag=True, help="Print the events as they are, one a line.")
 @click.option("--count", type=click.IntRange(min=1), help="End after so many events.")
@@ -33,15 +41,9 @@ def command(
     timeout: float | None,
     history: bool,
 ) -> None:
-    r"""Follow what happens to a region, or to all of a mount.
+    """Follow what happens to a region, or to all of a mount.
 
     Ends at --count or --timeout; exit status 4 if the time is over before --count events came.
-
-    \b
-    Examples:
-      mshare watch pool
-      mshare watch /run/mshare --json --history
-      mshare watch pool --count 1 --timeout 10
     """
     mount, below = resolve_place(file)
     source: Any = mount.region(below) if below else mount
