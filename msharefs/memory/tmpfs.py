@@ -40,13 +40,14 @@ def _syscall(what: str, number: int, *arguments: object) -> int:
     return result
 
 
-def open_detached(options: dict[str, str]) -> int:
+def open_detached(options: dict[str, str], fstype: str = "tmpfs") -> int:
     """Make a tmpfs with ``options`` (tmpfs(5)) and return a descriptor of its root directory.
 
-    Raises OSError: EPERM without CAP_SYS_ADMIN, EINVAL for an option that this kernel does not
-    take (``huge=`` without CONFIG_TRANSPARENT_HUGEPAGE), ENOSYS before Linux 5.2.
+    Any other ``fstype`` is made in the same way. Raises OSError: EPERM without CAP_SYS_ADMIN,
+    EINVAL for an option that this kernel does not take (``huge=`` without
+    CONFIG_TRANSPARENT_HUGEPAGE), ENOSYS before Linux 5.2.
     """
-    context = _syscall("fsopen", SYS_FSOPEN, ctypes.c_char_p(b"tmpfs"), FSOPEN_CLOEXEC)
+    context = _syscall("fsopen", SYS_FSOPEN, ctypes.c_char_p(fstype.encode()), FSOPEN_CLOEXEC)
     try:
         for key, value in {"source": "msharefs", **options}.items():
             _syscall(

@@ -1,7 +1,7 @@
 """What this machine has of what a mount needs: found out by trying, once, never by a version.
 
 Each probe does the thing itself on something of its own and cleans up after it; the trial mount
-lives in a private mount namespace of a child process, so nobody else ever sees it.
+is attached to no directory, so nobody else ever sees it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import errno
 import fcntl
 import os
 import select
+import signal
 import struct
-import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -21,13 +22,13 @@ import attrs
 from msharefs.memory import tmpfs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-CLONE_NEWNS: Final = 0x0002_0000
-MS_REC_PRIVATE: Final = 0x4000 | 0x0004_0000
 SYS_USERFAULTFD: Final = 323
+SYS_PIDFD_GETFD: Final = 438
+PTRACE_SEIZE: Final = 0x4206
 UFFDIO_API: Final = 0xC018AA3F
 UFFD_API: Final = 0xAA
 UFFD_FEATURE_WP_HUGETLBFS_SHMEM: Final = 1 << 12
@@ -55,7 +56,10 @@ def probe_all() -> list[Finding]:
 def _finding(name: str, required: bool, probe: Callable[[], str], mend: str) -> Finding:
     try:
         return Finding(name, required, ok=True, found=probe(), mend="")
-    except (OSError, ImportError) as error:
+    except OSError as error:
+        about = f"{error.filename}: " if error.filename else ""
+        return Finding(name, required, ok=False, found=f"{about}{error.strerror}", mend=mend)
+    except ImportError as error:
         return Finding(name, required, ok=False, found=str(error), mend=mend)
 
 
@@ -74,41 +78,17 @@ def _device() -> str:
 
 
 def _passthrough() -> str:
-    """Mount, answer INIT by hand, and hand the kernel a memfd as a backing file."""
-    readable, writable = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(readable)
-        try:
-            answer = _trial_mount()
-        except BaseException as error:  # noqa: BLE001 - the child must end here, whatever it is
-            answer = f"!{error}"
-        os.write(writable, answer.encode()[:500])
-        os._exit(0)
-    os.close(writable)
-    with os.fdopen(readable, "rb") as result:
-        text = result.read().decode(errors="replace")
-    os.waitpid(child, 0)
-    if text.startswith("!") or not text:
-        raise OSError(errno.EOPNOTSUPP, text[1:] or "the trial ended without a word")
-    return text
-
-
-def _trial_mount() -> str:
-    from msharefs.fuse.mount import mount  # noqa: PLC0415 - only the child needs it
-
-    if _libc.unshare(CLONE_NEWNS) or _libc.mount(
-        b"none", b"/", None, ctypes.c_ulong(MS_REC_PRIVATE), None
-    ):
-        code = ctypes.get_errno()
-        raise OSError(code, f"a private mount namespace: {os.strerror(code)}")
-    with tempfile.TemporaryDirectory(prefix="msharefs-check.") as directory:
-        device = mount(directory, source="msharefs-check")
+    """Mount where nobody sees it, answer INIT by hand, hand the kernel a memfd as backing file."""
+    device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        options = {"fd": str(device), "rootmode": "40000", "user_id": "0", "group_id": "0"}
+        mounted = tmpfs.open_detached(options, "fuse")
         try:
             return _try_passthrough(device)
         finally:
-            _libc.umount2(os.fsencode(directory), 2)
-            os.close(device)
+            os.close(mounted)
+    finally:
+        os.close(device)
 
 
 def _try_passthrough(device: int) -> str:
@@ -134,17 +114,41 @@ def _try_passthrough(device: int) -> str:
     return f"FUSE {major}.{minor} takes a memfd as a backing file"
 
 
-def _pidfd_getfd() -> str:
-    pidfd = os.pidfd_open(os.getpid())
+@contextmanager
+def _other_process() -> Iterator[int]:
+    """A child that waits to be ended: its process id."""
+    child = os.fork()
+    if not child:
+        signal.pause()
+        os._exit(0)
     try:
-        fd = int(_libc.syscall(ctypes.c_long(438), pidfd, 0, 0))
-        if fd < 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
-        os.close(fd)
+        yield child
     finally:
-        os.close(pidfd)
-    return "works"
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
+
+
+def _pidfd_getfd() -> str:
+    with _other_process() as child:
+        pidfd = os.pidfd_open(child)
+        try:
+            os.close(_checked(int(_libc.syscall(ctypes.c_long(SYS_PIDFD_GETFD), pidfd, 0, 0))))
+        finally:
+            os.close(pidfd)
+    return "takes a descriptor from another process"
+
+
+def _ptrace() -> str:
+    with _other_process() as child:
+        _checked(int(_libc.ptrace(PTRACE_SEIZE, child, None, None)))
+    return "may hold another process"
 
 
 def _tmpfs() -> str:
@@ -153,10 +157,8 @@ def _tmpfs() -> str:
 
 
 def _userfaultfd() -> str:
-    fd = int(_libc.syscall(ctypes.c_long(SYS_USERFAULTFD), os.O_CLOEXEC | os.O_NONBLOCK))
-    if fd < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+    flags = os.O_CLOEXEC | os.O_NONBLOCK
+    fd = _checked(int(_libc.syscall(ctypes.c_long(SYS_USERFAULTFD), flags)))
     try:
         answer = bytearray(struct.pack("<QQQ", UFFD_API, 0, 0))
         fcntl.ioctl(fd, UFFDIO_API, answer)
@@ -192,6 +194,12 @@ _PROBES: Final = (
         "needs a kernel with CONFIG_FUSE_PASSTHROUGH (Linux 6.9 or newer has it)",
     ),
     ("pidfd-getfd", False, _pidfd_getfd, "file objects will not be had; a seccomp filter?"),
+    (
+        "ptrace",
+        False,
+        _ptrace,
+        "the ptrace gate will need it: kernel.yama.ptrace_scope below 3, and no seccomp filter",
+    ),
     ("detached-tmpfs", False, _tmpfs, "mount options size= and huge= will not be had"),
     ("userfaultfd", False, _userfaultfd, "CONFIG_USERFAULTFD; notifications will need it"),
     ("bpf-lsm", False, _bpf_lsm, "boot with lsm=...,bpf; the mmap gate will need it"),
