@@ -20,7 +20,7 @@ from msharefs.client import Region
     ),
 )
 @file_argument
-@click.option("--size", "length", type=size, required=True, help="How large, a multiple of 4K.")
+@click.option("--size", "length", type=size, required=True, help="How large.")
 @click.option(
     "--mode", "permissions", type=mode, default="600", show_default=True, help="As for chmod(1)."
 )

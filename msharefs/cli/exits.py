@@ -58,7 +58,7 @@ _EXIT_OF_ERRNO: Final = {
 HINTS: Final[dict[int, str]] = {
     errno.ENOTCONN: "the server has ended: umount it (mshare umount --lazy) and mount again",
     errno.ECONNABORTED: "the server ended meanwhile: umount it and mount again",
-    errno.ENOTTY: "it is not a region",
+    errno.ENOTTY: "it is no region, or there is no such command",
     errno.EINVAL: "offsets and sizes are multiples of 4096 within the region, which needs a size",
     errno.EBUSY: "a process has the region open or mapped with fewer rights than that",
     errno.ENOMEM: "a part of the range is not mapped (mshare query shows what is)",
@@ -67,6 +67,7 @@ HINTS: Final[dict[int, str]] = {
     errno.EIO: "the server failed to do it: its log has the reason",
     errno.EACCES: "the mode or the access given does not include every right needed",
     errno.EPERM: "it needs root",
+    errno.EISDIR: "it is a directory",
     errno.EEXIST: "something is there already",
 }
 """What helps, where the server has not said it better."""

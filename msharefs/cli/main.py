@@ -10,13 +10,17 @@ import importlib
 import os
 import sys
 import traceback
-from typing import Any, Final, NoReturn
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import click
 
 from msharefs import __version__
 from msharefs.cli.command import write_sections
 from msharefs.cli.exits import Exit, describe, exit_rows, status_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 COMMANDS: Final = {
     name: f"msharefs.cli.{module}"
@@ -50,8 +54,29 @@ FIRST_STEPS: Final = (
 )
 
 
+class ClosedPipe(Exception):
+    """Whoever reads our output has what it wanted (head, grep -q)."""
+
+
+@contextmanager
+def _closed_pipe_told() -> Iterator[None]:
+    """Click would end with status 1 by itself if it saw an EPIPE."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise ClosedPipe from None
+
+
 class Commands(click.Group):
     """Imports a command's module when it is asked for."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _closed_pipe_told():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _closed_pipe_told():
+            return super().invoke(ctx)
 
     def format_epilog(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
         tables = {"Exit status": exit_rows, "Environment": lambda: ENVIRONMENT}
@@ -114,8 +139,8 @@ def run(command: click.Command, arguments: list[str] | None, program: str) -> No
         _explain(error, program)
         _trace(debug)
         status = error.exit_code
-    except BrokenPipeError:
-        # The reader has what it wanted (head, grep -q). Python flushes once more at exit.
+    except (BrokenPipeError, ClosedPipe):
+        # Python flushes once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = Exit.OK
     except OSError as error:

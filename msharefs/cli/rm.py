@@ -33,7 +33,7 @@ def command(files: tuple[str, ...]) -> None:
                 os.unlink(region.path)  # noqa: PTH108 - a string is at hand
         except Failure as failure:
             failed.append(failure)
-    for other in failed[1:]:
-        click.echo(f"mshare: {other.format_message()}", err=True)
+    for earlier in failed[:-1]:
+        click.echo(f"mshare: {earlier.format_message()}", err=True)
     if failed:
-        raise failed[0]
+        raise Failure(failed[-1].message, failed[0].status)

@@ -66,6 +66,8 @@ def open_region(file: RegionFile, *, writable: bool) -> Region:
 
     A region that holds rw- can only be opened O_RDWR, by whatever looks into it as well.
     """
+    if os.path.isdir(file.path):  # noqa: PTH112 - which can be opened for reading
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), file.path)
     try:
         return Region.open(file.path, writable=writable)
     except PermissionError:
@@ -86,12 +88,15 @@ def refusing_as(what: str, file: RegionFile) -> Iterator[None]:
             reason = f"no such region on {file.mount.path}"
         elif what == "protect" and error.errno == errno.ENOMEM:
             status = Exit.NOTHING_THERE
-        raise Failure(f"{what} {file.name}: {describe(error, reason)}", status) from error
+        about = file.name or file.mount.path
+        raise Failure(f"{what} {about}: {describe(error, reason)}", status) from error
 
 
 def refusal(file: RegionFile, error: OSError) -> str | None:
     """Why the server refused this process just now, from the region's events."""
     found = None
+    if error.errno in {errno.ENOENT, errno.ENOTCONN}:
+        return None
     with suppress(OSError), events(file.control / "events", history=True) as stream:
         for event in map(json.loads, stream.lines(wait=False)):
             if event["event"] == "refuse" and event["pid"] == os.getpid():

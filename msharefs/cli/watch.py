@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -43,14 +45,25 @@ def command(
 ) -> None:
     """Follow what happens to a region, or to all of a mount.
 
-    Ends at --count or --timeout; exit status 4 if the time is over before --count events came.
+    Ends at --count or --timeout, or by Ctrl-C. Exit status 4 if it ends before --count events came.
+    Of a directory, the events of the regions in it and below; for the mount's owner only.
     """
     mount, below = resolve_place(file)
-    source: Any = mount.region(below) if below else mount
+    region = mount.region(below)
+    whole = not below or os.path.isdir(region.path)  # noqa: PTH112 - a string is at hand
+    source: Any = mount if whole else region
     seen = 0
-    with failing_as(f"watch {file}"), source.events(timeout=timeout, history=history) as stream:
+    # Ctrl-C is how one ends watching.
+    with (
+        suppress(KeyboardInterrupt),
+        failing_as(f"watch {file}"),
+        source.events(timeout=timeout, history=history) as stream,
+    ):
         for line in stream.lines():
-            click.echo(line.decode().rstrip("\n") if as_json else _text(json.loads(line)))
+            event = json.loads(line)
+            if whole and below and not event.get("region", f"{below}/").startswith(f"{below}/"):
+                continue
+            click.echo(line.decode().rstrip("\n") if as_json else _text(event))
             seen += 1
             if seen == count:
                 return

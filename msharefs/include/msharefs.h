@@ -121,7 +121,7 @@ struct mshare_query {
 	uint32_t object_dev_major; /* out: device of a file object; 0 for memory */
 	uint32_t object_dev_minor; /* out */
 	uint32_t prot;             /* out: PROT_* */
-	uint32_t map_flags;        /* out: MAP_* as given to MSHAREFS_CREATE_MAPPING */
+	uint32_t map_flags;        /* out: MAP_* that it was made with, but for MAP_FIXED */
 	uint32_t kind;             /* out: MSHAREFS_KIND_* */
 	uint32_t reserved2;        /* out: zero */
 };
