@@ -67,6 +67,7 @@ FSTYPE: Final = "fuse.msharefs"
 CONTROL: Final = ".control"
 _OWN_NAMES: Final = frozenset({CONTROL, ".objects", "mshare_info"})
 """What the root directory of a mount holds beside regions and directories."""
+_MOUNT_TABLE: Final = Path("/proc/self/mountinfo")
 _CHUNK: Final = 1 << 16
 
 _Args = TypeVar("_Args", bound=Args)
@@ -533,7 +534,7 @@ def locate(path: AnyPath) -> tuple[Mount, str]:
 
 def _mount_table() -> Iterator[tuple[str, Mount]]:
     """File system type and mount of each line of proc_pid_mountinfo(5)."""
-    with Path("/proc/self/mountinfo").open("rb") as table:
+    with _MOUNT_TABLE.open("rb") as table:
         for line in table:
             left, _, right = line.rstrip(b"\n").partition(b" - ")
             fstype, source = map(_unescape, right.split(b" ")[:2])
