@@ -138,7 +138,8 @@ struct mshare_query {
  * them, mode says. events MSHAREFS_NOTIFY_DISARM ends the watch.
  *
  *     EACCES      the region is not open for writing
- *     EINVAL      also: unknown events, mode or on_timeout; signo is no signal
+ *     EINVAL      also: unknown events, mode or on_timeout; signo is no signal; signo, timeout_ms or
+ *                 on_timeout is not zero though the mode has no use for it
  *     EOPNOTSUPP  this mount cannot watch (see MSHAREFS_FEATURE_NOTIFY)
  */
 struct mshare_notify {
@@ -147,8 +148,8 @@ struct mshare_notify {
 	uint32_t events;        /* in: MSHAREFS_NOTIFY_WRITE, _READ, or both; 0 disarms */
 	uint32_t mode;          /* in: MSHAREFS_NOTIFY_LOG, _SIGNAL or _HOLD */
 	uint32_t signo;         /* in: with _SIGNAL, which; else zero */
-	uint32_t timeout_ms;    /* in: with _HOLD, milliseconds; 0 waits for ever */
-	uint32_t on_timeout;    /* in: with _HOLD, MSHAREFS_ON_TIMEOUT_* */
+	uint32_t timeout_ms;    /* in: with _HOLD, milliseconds, 0 waits for ever; else zero */
+	uint32_t on_timeout;    /* in: with _HOLD, MSHAREFS_ON_TIMEOUT_*; else zero */
 	uint32_t flags;         /* in: zero */
 };
 

@@ -256,14 +256,11 @@ class Ioctls:
 
     def _notify(self, handle: RegionHandle, data: bytes, _tid: int) -> IoctlReply:
         args = _unpack(NotifyArgs, data)
-        handle.file.region.check_range(args.region_offset, args.size)
+        region = handle.file.region
+        region.check_sized()
         check_may_change(handle.access)
-        if args.events & ~int(NotifyEvent.WRITE | NotifyEvent.READ) or args.flags:
-            raise BadArgument("unknown events, or flags that are not zero")
-        if args.mode not in set(NotifyMode) or args.on_timeout not in set(OnTimeout):
-            raise BadArgument(f"unknown mode {args.mode} or on_timeout {args.on_timeout}")
-        if args.mode == NotifyMode.SIGNAL and not 1 <= args.signo <= SIGNAL_MAX:
-            raise BadArgument(f"signal {args.signo} does not exist")
+        region.check_range(args.region_offset, args.size)
+        _check_notify(args)
         raise Unsupported("this mount does not watch ranges")
 
     def _sync(self, handle: RegionHandle, data: bytes, _tid: int) -> IoctlReply:
@@ -272,6 +269,21 @@ class Ioctls:
         if args.flags or args.reserved:
             raise BadArgument("flags and reserved must be zero")
         raise Unsupported("this mount has no file objects to sync")
+
+
+def _check_notify(args: NotifyArgs) -> None:
+    """What needs no region. A field that the mode has no use for must be zero, as flags must."""
+    if args.events & ~int(NotifyEvent.WRITE | NotifyEvent.READ) or args.flags:
+        raise BadArgument("unknown events, or flags that are not zero")
+    if args.mode not in set(NotifyMode) or args.on_timeout not in set(OnTimeout):
+        raise BadArgument(f"unknown mode {args.mode} or on_timeout {args.on_timeout}")
+    if args.mode == NotifyMode.SIGNAL:
+        if not 1 <= args.signo <= SIGNAL_MAX:
+            raise BadArgument(f"signal {args.signo} does not exist")
+    elif args.signo:
+        raise BadArgument(f"signo {args.signo} without the mode that sends a signal")
+    if args.mode != NotifyMode.HOLD and (args.timeout_ms or args.on_timeout):
+        raise BadArgument("timeout_ms or on_timeout without the mode that holds")
 
 
 async def _then_done(pending: Awaitable[None]) -> IoctlReply:

@@ -79,14 +79,8 @@ static long query(int fd, __u64 offset, __u32 flags, struct mshare_query *args)
 	return R(ioctl(fd, MSHAREFS_QUERY, args));
 }
 
-static long notify(int fd, __u64 size, __u32 events, __u32 mode, __u32 signo, __u32 flags)
+static long notify(int fd, struct mshare_notify args)
 {
-	struct mshare_notify args = { 0 };
-	args.size = size;
-	args.events = events;
-	args.mode = mode;
-	args.signo = signo;
-	args.flags = flags;
 	return R(ioctl(fd, MSHAREFS_NOTIFY, &args));
 }
 
@@ -208,12 +202,24 @@ static void watching(int fd)
 	struct mshare_sync sync = { 0 };
 	struct mshare_info_args info = { 0 };
 
-	is("notify: size 0", notify(fd, 0, 1, 0, 0, 0), -EINVAL);
-	is("notify: events", notify(fd, PAGE, 4, 0, 0, 0), -EINVAL);
-	is("notify: mode", notify(fd, PAGE, 1, 3, 0, 0), -EINVAL);
-	is("notify: signal 0", notify(fd, PAGE, 1, 1, 0, 0), -EINVAL);
-	is("notify: flags", notify(fd, PAGE, 1, 0, 0, 1), -EINVAL);
-	is("notify", notify(fd, PAGE, 1, 0, 0, 0), -EOPNOTSUPP);
+#define NOTIFY(events_, ...) \
+	notify(fd, (struct mshare_notify){ .size = PAGE, .events = events_, __VA_ARGS__ })
+	is("notify: size 0", notify(fd, (struct mshare_notify){ .events = 1 }), -EINVAL);
+	is("notify: events", NOTIFY(4, .mode = 0), -EINVAL);
+	is("notify: mode", NOTIFY(1, .mode = 3), -EINVAL);
+	is("notify: signal 0", NOTIFY(1, .mode = MSHAREFS_NOTIFY_SIGNAL), -EINVAL);
+	is("notify: signal 65", NOTIFY(1, .mode = MSHAREFS_NOTIFY_SIGNAL, .signo = 65), -EINVAL);
+	is("notify: log with a signal", NOTIFY(1, .signo = 9), -EINVAL);
+	is("notify: hold with a signal", NOTIFY(1, .mode = MSHAREFS_NOTIFY_HOLD, .signo = 9), -EINVAL);
+	is("notify: log with a timeout", NOTIFY(1, .timeout_ms = 1), -EINVAL);
+	is("notify: log with on_timeout", NOTIFY(1, .on_timeout = 1), -EINVAL);
+	is("notify: on_timeout", NOTIFY(1, .mode = MSHAREFS_NOTIFY_HOLD, .on_timeout = 2), -EINVAL);
+	is("notify: flags", NOTIFY(1, .flags = 1), -EINVAL);
+	is("notify: log", NOTIFY(1, .mode = MSHAREFS_NOTIFY_LOG), -EOPNOTSUPP);
+	is("notify: signal", NOTIFY(1, .mode = MSHAREFS_NOTIFY_SIGNAL, .signo = 64), -EOPNOTSUPP);
+	is("notify: hold",
+	   NOTIFY(1, .mode = MSHAREFS_NOTIFY_HOLD, .timeout_ms = 1, .on_timeout = 1), -EOPNOTSUPP);
+	is("notify: disarm", NOTIFY(0, .mode = 0), -EOPNOTSUPP);
 	sync.size = PAGE;
 	sync.reserved = 1;
 	is("sync: reserved", R(ioctl(fd, MSHAREFS_SYNC, &sync)), -EINVAL);
