@@ -31,7 +31,16 @@ MAY_USE = {
 }
 
 # What the pure rooms may use from outside: nothing that opens, waits, or asks the system.
-PURE = {"__future__", "collections", "enum", "functools", "itertools", "operator", "struct"}
+PURE = {
+    "__future__",
+    "bisect",
+    "collections",
+    "enum",
+    "functools",
+    "itertools",
+    "operator",
+    "struct",
+}
 PURE |= {"typing", "attrs", "sortedcontainers"}
 
 # Where a library's name may appear. Users' programs need neither an event loop nor libfuse, and

@@ -1,0 +1,125 @@
+"""Spans and demands against what each single page says."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from msharefs.abi import PAGE_SIZE, NotifyEvent, Prot
+from msharefs.region.demand import Caught, both, demands, serve
+from msharefs.region.mapping import Mapping
+from msharefs.region.spans import SpanSet
+from msharefs.region.table import MappingTable
+
+PAGES = 24
+PROTS = (Prot.NONE, Prot.READ, Prot.READ | Prot.WRITE, Prot.READ | Prot.EXEC)
+
+ranges = st.tuples(st.integers(0, PAGES), st.integers(0, PAGES)).map(sorted)
+
+
+def pages_of(spans):
+    return {page for start, end in spans for page in range(start, end)}
+
+
+@given(st.lists(st.tuples(st.booleans(), ranges)), ranges)
+def test_spans_are_a_set_of_pages(steps, window):
+    spans, model = SpanSet(), set()
+    for add, (start, end) in steps:
+        if add:
+            spans.add(start, end)
+            model |= set(range(start, end))
+        else:
+            spans.remove(start, end)
+            model -= set(range(start, end))
+    held = list(spans)
+    assert pages_of(held) == model
+    assert all(one[1] < other[0] for one, other in pairwise(held))
+    assert all(start < end for start, end in held)
+    inside = spans.within(*window)
+    assert pages_of(inside) == model & set(range(*window))
+
+
+def table_of(prots):
+    table = MappingTable()
+    for page, prot in enumerate(prots):
+        if prot is not None:
+            mapping = Mapping(page * PAGE_SIZE, (page + 1) * PAGE_SIZE, prot)
+            table.apply(table.plan_map(mapping))
+    return table
+
+
+page_prots = st.lists(st.one_of(st.none(), st.sampled_from(PROTS)), min_size=PAGES, max_size=PAGES)
+
+
+def watches_of(events):
+    """Sorted, disjoint (start, end, events) from one number a page."""
+    return [
+        (page * PAGE_SIZE, (page + 1) * PAGE_SIZE, bits) for page, bits in enumerate(events) if bits
+    ]
+
+
+@given(
+    page_prots,
+    st.lists(st.integers(0, 3), min_size=PAGES, max_size=PAGES),
+    st.lists(st.booleans(), min_size=PAGES, max_size=PAGES),
+    ranges,
+)
+def test_each_page_demands_what_it_would_alone(prots, events, faults, window):
+    table = table_of(prots)
+    by_fault = SpanSet()
+    for page, faulting in enumerate(faults):
+        if faulting:
+            by_fault.add(page * PAGE_SIZE, (page + 1) * PAGE_SIZE)
+    start, end = (page * PAGE_SIZE for page in window)
+    got = demands(table, start, end, watches_of(events), by_fault)
+    at = start
+    for demand in got:
+        assert demand.start == at < demand.end
+        at = demand.end
+        for page in range(demand.start // PAGE_SIZE, demand.end // PAGE_SIZE):
+            prot = prots[page]
+            if prot is None:
+                assert (demand.prot, demand.caught) == (Prot.NONE, Caught.NOTHING)
+            else:
+                want = serve(prot, events[page], by_fault=faults[page])
+                assert (int(demand.prot), int(demand.caught)) == want
+    assert at == max(start, end)
+    for one, other in pairwise(got):
+        assert (one.prot, one.caught) != (other.prot, other.caught)
+
+
+@given(st.sampled_from(PROTS), st.integers(0, 3), st.booleans())
+def test_what_the_table_forbids_is_outside_the_mapping_or_caught(prot, watched, by_fault):
+    has, caught = serve(prot, watched, by_fault=by_fault)
+    if has & Prot.WRITE and not prot & Prot.WRITE:
+        assert caught & Caught.STORES
+    if has & Prot.READ and not prot & Prot.READ:
+        assert caught & Caught.ACCESSES
+    assert int(prot) & ~has == 0
+    if watched & NotifyEvent.WRITE and prot & Prot.WRITE:
+        assert caught & Caught.STORES
+    if watched & NotifyEvent.READ:
+        assert caught & Caught.ACCESSES
+
+
+def test_a_plain_region_demands_its_own_protections():
+    table = table_of([PROTS[2]] * PAGES)
+    got = demands(table, 0, PAGES * PAGE_SIZE)
+    assert [(d.start, d.end, d.prot) for d in got] == [(0, PAGES * PAGE_SIZE, PROTS[2])]
+
+
+@given(page_prots, page_prots, st.lists(st.integers(0, 3), min_size=PAGES, max_size=PAGES))
+def test_both_gives_what_either_forbids_to_nobody(old_prots, new_prots, events):
+    size = PAGES * PAGE_SIZE
+    old = demands(table_of(old_prots), 0, size, watches_of(events))
+    new = demands(table_of(new_prots), 0, size)
+    met = both(old, new)
+    assert (met[0].start, met[-1].end) == (0, size)
+    for page in range(PAGES):
+        one, other, between = (
+            next(d for d in side if d.start <= page * PAGE_SIZE < d.end) for side in (old, new, met)
+        )
+        assert between.prot == one.prot & other.prot
+        assert between.caught == one.caught | other.caught
