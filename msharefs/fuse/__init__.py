@@ -11,7 +11,14 @@ from .handshake import Connection
 from .mount import FSTYPE, Mount, MountError, MountOptions, find_mounts, mount, mount_at, unmount
 from .router import Router
 from .session import Session, serve
-from .wire import FallocateRequest, IoctlRequest, Opcode, ReadRequest, WriteRequest
+from .wire import (
+    FallocateRequest,
+    GetxattrRequest,
+    IoctlRequest,
+    Opcode,
+    ReadRequest,
+    WriteRequest,
+)
 
 __all__ = [
     "FORWARD",
@@ -20,6 +27,7 @@ __all__ = [
     "Connection",
     "FallocateRequest",
     "Forward",
+    "GetxattrRequest",
     "Handlers",
     "IoctlReply",
     "IoctlRequest",

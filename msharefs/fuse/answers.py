@@ -19,6 +19,7 @@ from .wire import (
     OUT_HEADER,
     FallocateRequest,
     Frame,
+    GetxattrRequest,
     IoctlRequest,
     OpenRequest,
     ReadRequest,
@@ -140,6 +141,8 @@ def _describe(request: Request) -> str:
     """What was being done, for the log."""
     if isinstance(request, IoctlRequest):
         return f"ioctl {request.cmd:#x} on node {request.nodeid} by pid {request.pid}"
-    if isinstance(request, FallocateRequest | ReadRequest | WriteRequest | OpenRequest):
+    if isinstance(
+        request, FallocateRequest | ReadRequest | WriteRequest | OpenRequest | GetxattrRequest
+    ):
         return f"{request.opcode.name} on node {request.nodeid} by pid {request.pid}"
     return request.opcode.name

@@ -33,6 +33,7 @@ from .wire import (
     UNANSWERED,
     FallocateRequest,
     Frame,
+    GetxattrRequest,
     InitFlag,
     InitRequest,
     InterruptRequest,
@@ -187,14 +188,18 @@ def _readdir(frame: Frame, size: int, header: _Header) -> OtherRequest:
     return OtherRequest(Opcode(header[0]), header[1], header[2], wanted)
 
 
-def _xattr_query(frame: Frame, size: int, header: _Header) -> OtherRequest:
-    """GETXATTR names an attribute, LISTXATTR does not; size 0 asks only for a length."""
-    if header[0] == Opcode.GETXATTR:
-        _need_names(frame, size, GETXATTR_IN.size, 1, header)
-    else:
-        _need(size, GETXATTR_IN.size, header)
+def _getxattr(frame: Frame, size: int, header: _Header) -> GetxattrRequest:
+    _need_names(frame, size, GETXATTR_IN.size, 1, header)
+    wanted, _pad = GETXATTR_IN.unpack_from(frame, IN_SIZE)
+    _, unique, nodeid, uid, gid, pid = header
+    name = bytes(frame[IN_SIZE + GETXATTR_IN.size : size - 1])
+    return GetxattrRequest(unique, nodeid, uid, gid, pid, name, wanted)
+
+
+def _listxattr(frame: Frame, size: int, header: _Header) -> OtherRequest:
+    _need(size, GETXATTR_IN.size, header)
     wanted = GETXATTR_IN.unpack_from(frame, IN_SIZE)[0]
-    return OtherRequest(Opcode(header[0]), header[1], header[2], max(wanted, SMALL_REPLY))
+    return OtherRequest(Opcode.LISTXATTR, header[1], header[2], max(wanted, SMALL_REPLY))
 
 
 def _setxattr(frame: Frame, size: int, header: _Header) -> OtherRequest:
@@ -244,8 +249,8 @@ _DECODERS: Final[dict[int, _Decoder]] = {
     Opcode.RELEASE: _release,
     Opcode.FSYNC: _plain(16),
     Opcode.SETXATTR: _setxattr,
-    Opcode.GETXATTR: _xattr_query,
-    Opcode.LISTXATTR: _xattr_query,
+    Opcode.GETXATTR: _getxattr,
+    Opcode.LISTXATTR: _listxattr,
     Opcode.REMOVEXATTR: _plain(0, 1),
     Opcode.FLUSH: _plain(24),
     Opcode.INIT: _init,

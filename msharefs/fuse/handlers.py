@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import attrs
 
 if TYPE_CHECKING:
-    from .wire import FallocateRequest, IoctlRequest, ReadRequest, WriteRequest
+    from .wire import (
+        FallocateRequest,
+        GetxattrRequest,
+        IoctlRequest,
+        ReadRequest,
+        WriteRequest,
+    )
 
 
 class Forward(Enum):
@@ -89,8 +95,9 @@ class Handlers:
     the caller gets EINTR, unless the handler finishes in spite of it (a shield). An exception of
     any kind becomes ``errno_of(exception, what was being done)`` for that one request.
 
-    ``read`` and ``write`` (which returns how many bytes it took) may leave a request to the
-    filesystem: `FORWARD`. ``opened`` is asked about each file that the filesystem has opened;
+    ``read``, ``write`` (which returns how many bytes it took) and ``getxattr`` may leave a request
+    to the filesystem: `FORWARD`. ``getxattr`` returns the value, whatever the caller's buffer holds
+    (ERANGE if that is too small). ``opened`` is asked about each file that the filesystem has opened;
     None leaves the filesystem's reply as it is. If it raises, the open fails with that errno and
     the filesystem is told to release the file (and, of a file just created, to forget one lookup;
     its name stays).
@@ -105,4 +112,7 @@ class Handlers:
     opened: Callable[[OpenedFile], OpenedResult]
     errno_of: Callable[[BaseException, str], int]
     write: Callable[[WriteRequest], int | Awaitable[int] | Forward] = lambda _request: FORWARD
+    getxattr: Callable[[GetxattrRequest], bytes | Awaitable[bytes] | Forward] = lambda _request: (
+        FORWARD
+    )
     released: Callable[[int], None] = lambda _fh: None

@@ -41,6 +41,7 @@ from .wire import (
     UNANSWERED,
     FallocateRequest,
     Frame,
+    GetxattrRequest,
     InitRequest,
     InterruptRequest,
     IoctlRequest,
@@ -127,6 +128,7 @@ class Router:
             FallocateRequest: served.fallocate,
             ReadRequest: served.read,
             WriteRequest: served.write,
+            GetxattrRequest: served.getxattr,
             InterruptRequest: self._on_interrupt,
             ReleaseRequest: self._on_release,
             InitRequest: self._on_init,
@@ -369,4 +371,6 @@ def _reply_size(request: Request) -> int:
         return request.reply_size
     if isinstance(request, ReadRequest):
         return request.size
+    if isinstance(request, GetxattrRequest):
+        return max(request.size, SMALL_REPLY)
     return SMALL_REPLY

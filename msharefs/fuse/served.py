@@ -1,4 +1,4 @@
-"""The opcodes that the service's handlers answer: ioctl, fallocate, read, write.
+"""The opcodes that the service's handlers answer: ioctl, fallocate, read, write, getxattr.
 
 A handler's value is checked for what the kernel would take, and answered; a value that is still to
 come is left to a task (`Answers.start`).
@@ -6,13 +6,16 @@ come is left to a task (`Answers.start`).
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, Any
 
 from .handlers import FORWARD, Handlers, IoctlReply
 from .wire import (
+    GETXATTR_OUT,
     WRITE_OUT,
     FallocateRequest,
     Frame,
+    GetxattrRequest,
     IoctlRequest,
     ReadRequest,
     WriteRequest,
@@ -80,6 +83,18 @@ class Served:
         except Exception as exc:  # noqa: BLE001 - errno_of is the boundary
             self._answers.refuse(request, self._answers.errno_of(exc, request))
 
+    def getxattr(self, request: GetxattrRequest, frame: Frame) -> None:
+        try:
+            value = self._handlers.getxattr(request)
+            if value is FORWARD:
+                self._forward(request, frame)
+            elif isinstance(value, bytes):
+                self._finish_getxattr(request, value)
+            else:
+                self._answers.start(request, value, self._finish_getxattr)
+        except Exception as exc:  # noqa: BLE001 - errno_of is the boundary
+            self._answers.refuse(request, self._answers.errno_of(exc, request))
+
     # What a handler returns is checked here, whatever it has promised: the type checker does not
     # see what a task's value comes to, and one wrong reply would leave its caller waiting.
 
@@ -106,3 +121,13 @@ class Served:
         if not 0 <= value <= len(request.data):
             raise ValueError(f"the handler of WRITE took {value} of {len(request.data)} bytes")
         self._answers.write(build_reply(request.unique, WRITE_OUT.pack(value, 0)))
+
+    def _finish_getxattr(self, request: GetxattrRequest, value: object) -> None:
+        if not isinstance(value, bytes):
+            raise TypeError(f"the handler of GETXATTR returned {value!r}")
+        if not request.size:
+            self._answers.write(build_reply(request.unique, GETXATTR_OUT.pack(len(value), 0)))
+        elif len(value) > request.size:
+            self._answers.refuse(request, errno.ERANGE)
+        else:
+            self._answers.write(build_reply(request.unique, value))

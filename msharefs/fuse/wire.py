@@ -39,6 +39,9 @@ RELEASE_IN: Final = struct.Struct("<QIIQ")
 READ_IN: Final = struct.Struct("<QQIIQII")
 """fh, offset, size, read_flags, lock_owner, the file's flags, padding. Also READDIR, WRITE."""
 GETXATTR_IN: Final = struct.Struct("<II")
+"""size of the caller's buffer (0: the value's length is asked for), padding; the name follows."""
+GETXATTR_OUT: Final = struct.Struct("<II")
+"""size, padding: the answer where the length was asked for."""
 IOCTL_IN: Final = struct.Struct("<QIIQII")
 """fh, flags (`IoctlFlag`), cmd, arg, in_size, out_size; in_size bytes follow."""
 IOCTL_OUT: Final = struct.Struct("<iIII")
@@ -266,6 +269,24 @@ class WriteRequest:
 
 
 @attrs.frozen
+class GetxattrRequest:
+    """FUSE_GETXATTR: the value of the attribute ``name``, or with ``size`` 0 only its length.
+
+    ``pid`` is the calling thread's id (0 if it is not visible from here).
+    """
+
+    opcode: ClassVar = Opcode.GETXATTR
+
+    unique: int
+    nodeid: int
+    uid: int
+    gid: int
+    pid: int
+    name: bytes
+    size: int
+
+
+@attrs.frozen
 class OpenRequest:
     """FUSE_OPEN or FUSE_CREATE; ``flags`` are open(2)'s."""
 
@@ -334,6 +355,7 @@ Request: TypeAlias = (
     | FallocateRequest
     | ReadRequest
     | WriteRequest
+    | GetxattrRequest
     | OpenRequest
     | ReleaseRequest
     | InterruptRequest

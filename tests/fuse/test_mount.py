@@ -336,6 +336,23 @@ def test_a_client_killed_inside_a_call_is_gone_at_once(toy, name, call):
     toy.wait_until(lambda stats: stats["waiting"] == 0 and stats["open_files"] == 0)
 
 
+def test_getxattr(toy):
+    path = toy.path / "plain"
+    path.touch()
+    for _ in range(2):  # the first "no such attribute" must not end the asking
+        assert os.getxattr(path, "user.now") == b"a value"
+        assert os.getxattr(path, "user.later") == str(threading.get_native_id()).encode()
+        for name, code in (("user.refused", errno.EXFULL), ("user.other", errno.ENODATA)):
+            with pytest.raises(OSError) as caught:
+                os.getxattr(path, name)
+            assert caught.value.errno == code
+    # With a buffer that is too small, and with none, which asks for the length.
+    buffer = ctypes.create_string_buffer(7)
+    for size, result in ((7, 7), (6, -errno.ERANGE), (0, 7)):
+        got = libc.getxattr(bytes(path), b"user.now", buffer, ctypes.c_size_t(size))
+        assert (got if got >= 0 else -ctypes.get_errno()) == result
+
+
 def test_fallocate(toy):
     with opened(toy.path / "plain", CREATE) as fd:
         os.posix_fallocate(fd, 4096, 8192)

@@ -741,3 +741,46 @@ async def test_without_passthrough_a_plan_with_a_backing_file_fails():
 def test_a_stream_with_a_backing_file_is_no_plan():
     with pytest.raises(ValueError, match="stream"):
         OpenPlan(backing_fd=1, stream=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "size", "error", "payload"),
+    [
+        (b"value", 64, 0, b"value"),
+        (b"value", 5, 0, b"value"),
+        (b"value", 4, errno.ERANGE, b""),
+        (b"value", 0, 0, struct.pack("<II", 5, 0)),
+        (b"", 64, 0, b""),
+        (b"", 0, 0, bytes(8)),
+        (OSError(errno.ENODATA, "no such attribute"), 64, errno.ENODATA, b""),
+        (OSError(errno.ENODATA, "no such attribute"), 0, errno.ENODATA, b""),
+        (7, 64, errno.EIO, b""),
+        (None, 64, errno.EIO, b""),
+        (FORWARD, 64, errno.EXDEV, b""),
+    ],
+)
+@pytest.mark.parametrize("later", [False, True])
+async def test_getxattr_is_answered_by_its_handler(value, size, error, payload, later):
+    asked = []
+
+    async def answer_later():
+        await trio.lowlevel.checkpoint()
+        return answer()
+
+    def answer():
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    def getxattr(request):
+        asked.append((request.name, request.size, request.nodeid))
+        return answer_later() if later and value is not FORWARD else answer()
+
+    async with rig(handlers(getxattr=getxattr)) as one:
+        await one.ask(Opcode.GETXATTR, 2, struct.pack("<II", size, 0) + b"user.name\0", nodeid=9)
+        if value is FORWARD:
+            assert (await one.forwarded())[:2] == (Opcode.GETXATTR, 2)
+            await one.library.send(build_reply(2, error=errno.EXDEV))
+        assert await one.reply() == (2, error, payload)
+        await one.nothing_more()
+    assert asked == [(b"user.name", size, 9)]

@@ -169,6 +169,7 @@ class Toy(pyfuse3.Operations):
             fallocate=self.fallocate,
             read=self.read_now,
             write=self.write_now,
+            getxattr=self.getxattr_now,
             opened=self.opened,
             errno_of=self.errno_of,
         )
@@ -241,6 +242,15 @@ class Toy(pyfuse3.Operations):
             raise OSError(errno.EFBIG, "too far")
         taken = os.pwrite(node.fd, request.data.upper(), request.offset)
         return self.later(taken - 1) if request.data == b"later" else taken
+
+    def getxattr_now(self, request):
+        if request.name == b"user.now":
+            return b"a value"
+        if request.name == b"user.later":
+            return self.later(str(request.pid).encode())
+        if request.name == b"user.refused":
+            raise OSError(errno.EXFULL, "refused by name")
+        return FORWARD
 
     def opened(self, file):
         node = self.nodes[file.nodeid]
