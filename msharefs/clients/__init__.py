@@ -1,4 +1,5 @@
 """Who maps a region: the processes on the other side.
 
-So far the census, which finds them and what they have mapped. Knows neither FUSE nor memory.
+The census finds them, the roster knows them, an address space tells what one of them has mapped,
+and the replica what it has to change. Knows neither FUSE nor memory.
 """

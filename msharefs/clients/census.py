@@ -1,44 +1,179 @@
-"""Which processes map a file, and with which protection, as /proc says it.
+"""Which processes map our files.
 
-For: the rule that a region may not gain a right that a live mapping lacks (mappings outlive
-descriptors, and FUSE is told of neither mmap() nor munmap()), and for listing a region's clients.
+For: finding the clients that no gate saw (a descriptor inherited or passed, a process forked), the
+rule that a region may not gain a right that a live mapping lacks (mappings outlive descriptors,
+and FUSE is told of neither mmap() nor munmap()), and listing a region's clients.
 
 Promises: reads only; a process that ends meanwhile, or that may not be looked at, is passed over.
-The answer is a snapshot: who maps the file a moment later is not in it.
+One pass serves all files of the mount: it costs the same for one region and for a thousand.
+The answer is a snapshot: who maps a file a moment later is not in it. ``fresh`` finds every
+process that was forked from one that maps something and could be seen by then.
 
-Source: proc_pid_maps(5). A mapping of a passthrough file is listed with the device and inode of
-the FUSE file.
+Leaves out: processes that have got a descriptor by other ways than fork() since a ``full`` census,
+which only another full one finds; kernel threads; ourselves. Private mappings are looked for only
+when asked, since that costs four times as much (see procmap.py).
+
+Source: proc(5), proc_loadavg(5), proc_stat(5).
 """
 
 from __future__ import annotations
 
 import os
-import re
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from msharefs.region.mapping import PROTS
+from msharefs.clients.gone import Gone
+from msharefs.clients.procmap import READ_FLAGS, MappedRange, all_mappings, shared_mappings
+from msharefs.clients.space import by_inode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from msharefs.abi import Prot
+__all__ = ["Census", "Found", "MappedRange", "mapped_ranges", "process_ids"]
 
 _PROC: Final = Path("/proc")
 
+SETTLED: Final = 1.0
+"""Seconds after which a number given out belongs to a process that is to be seen, if to any.
+
+A number is given out a little before the process can be seen under it."""
+
+FORKS_A_SECOND: Final = 1_000_000
+"""More than any machine makes: what bounds how soon the numbers can have come round."""
+
 
 @attrs.frozen
-class MappedRange:
-    """``[start, end)`` of a process's address space shows the file from ``offset``. Bytes."""
+class Found:
+    """A process that maps files of the mount, and its mappings by inode."""
 
     pid: int
-    start: int
-    end: int
-    prot: Prot
-    shared: bool
-    offset: int
+    files: dict[int, list[MappedRange]]
+
+
+class Census:
+    """Looks for those who map files of one mount. Blocking; may be called from any thread.
+
+    What ``fresh`` has looked at it does not look at again, so each process is told to one caller.
+    """
+
+    def __init__(self, device: int) -> None:
+        """``device`` is the mount's ``st_dev``."""
+        self._device = device
+        self._us = os.getpid()
+        self._proc = os.open(_PROC, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._lock = threading.Lock()
+        self._limit = int((_PROC / "sys/kernel/pid_max").read_text())
+        # Numbers up to _floor (in the order in which they are given out) are done with; _seen are
+        # those looked at since; _mark is the next floor, once it has settled.
+        self._floor = self._mark = -1
+        self._mark_time = 0.0
+        self._looked = 0.0
+        self._forks = 0
+        self._seen: set[int] = set()
+
+    def close(self) -> None:
+        os.close(self._proc)
+
+    def full(self, *, private: bool = False) -> list[Found]:
+        """Everyone who maps something. ``private``: also those with MAP_PRIVATE mappings alone."""
+        with self._lock:
+            return self._full(private=private)
+
+    def fresh(self, *, private: bool = False) -> list[Found]:
+        """Those among the processes that are new since the last look of either kind."""
+        with self._lock:
+            now, last = time.monotonic(), self._last_pid()
+            if self._floor < 0 or self._came_round(now):
+                return self._full(private=private)
+            new = self._new_processes(last)
+            self._move_on(now, last, new)
+            return self._look_at(new, private=private)
+
+    # -- looking
+
+    def _full(self, *, private: bool) -> list[Found]:
+        now = time.monotonic()
+        self._floor = self._mark = self._last_pid()
+        self._mark_time = self._looked = now
+        self._forks = _forks()
+        ids = list(process_ids())
+        self._seen = set(ids)
+        return self._look_at(ids, private=private)
+
+    def _look_at(self, ids: Iterable[int], *, private: bool) -> list[Found]:
+        us, look = self._us, self._look
+        return [
+            Found(pid, by_inode(mapped))
+            for pid in ids
+            if pid != us and (mapped := look(pid, f"{pid}/maps", private))
+        ]
+
+    def _look(self, pid: int, path: str, private: bool) -> list[MappedRange] | None:
+        try:
+            maps = os.open(path, READ_FLAGS, dir_fd=self._proc)
+        except OSError:
+            return None  # gone meanwhile, or a process that nobody may look at
+        try:
+            if private:
+                return all_mappings(maps, pid, self._device)
+            return shared_mappings(maps, pid, self._device)
+        except Gone:
+            # A kernel thread, or a process whose first thread has ended before the others.
+            return None if path.count("/") > 1 else self._look_at_threads(pid, private)
+        except OSError:
+            return None
+        finally:
+            os.close(maps)
+
+    def _look_at_threads(self, pid: int, private: bool) -> list[MappedRange] | None:
+        try:
+            if os.stat(f"{pid}/task", dir_fd=self._proc).st_nlink <= 3:
+                return None
+            threads = [entry.name for entry in (_PROC / str(pid) / "task").iterdir()]
+        except OSError:
+            return None
+        looks = (self._look(pid, f"{pid}/task/{tid}/maps", private) for tid in threads)
+        return next((found for found in looks if found is not None), None)
+
+    # -- which are new
+
+    def _last_pid(self) -> int:
+        """The number given out last, in our pid namespace."""
+        return int((_PROC / "loadavg").read_bytes().rsplit(None, 1)[1])
+
+    def _came_round(self, now: float) -> bool:
+        """Whether all numbers may have been given out since the last look."""
+        if (now - self._looked) * FORKS_A_SECOND < self._limit:
+            return False
+        forks = _forks()
+        before, self._forks = self._forks, forks
+        return forks - before >= self._limit // 2
+
+    def _new_processes(self, last: int) -> list[int]:
+        floor, seen = self._floor, self._seen
+        if last >= floor:
+            ids = [pid for pid in self._from(floor + 1) if pid <= last]
+        else:
+            ids = [*self._from(floor + 1), *(pid for pid in process_ids() if pid <= last)]
+        return [pid for pid in ids if pid not in seen]
+
+    def _from(self, first: int) -> Iterator[int]:
+        return (pid for pid in process_ids() if pid >= first)
+
+    def _move_on(self, now: float, last: int, new: list[int]) -> None:
+        self._looked = now
+        self._seen.update(new)
+        if now - self._mark_time >= SETTLED:
+            floor = self._floor = self._mark
+            if last >= floor:
+                self._seen = {pid for pid in self._seen if floor < pid <= last}
+            else:
+                self._seen = {pid for pid in self._seen if pid > floor or pid <= last}
+            self._mark, self._mark_time = last, now
 
 
 def process_ids() -> Iterator[int]:
@@ -50,37 +185,27 @@ def process_ids() -> Iterator[int]:
 def mapped_ranges(device: int, inode: int, pids: Iterable[int] | None = None) -> list[MappedRange]:
     """All mappings of the file ``(st_dev, st_ino)``, in ``pids`` or in every process.
 
-    Costs one read of /proc/PID/maps per process: tens of microseconds for small ones. Blocking;
-    call it from a thread.
+    Private ones as well. Costs one read of /proc/PID/maps per process: tens of microseconds for
+    small ones. Blocking; call it from a thread.
     """
-    needle = re.compile(
-        rb"^([0-9a-f]+)-([0-9a-f]+) (...)([sp]) ([0-9a-f]+) %02x:%02x %d\b"
-        % (os.major(device), os.minor(device), inode),
-        re.MULTILINE,
-    )
-    plain = b" %02x:%02x %d " % (os.major(device), os.minor(device), inode)
     found: list[MappedRange] = []
     for pid in process_ids() if pids is None else pids:
         try:
-            text = (_PROC / str(pid) / "maps").read_bytes()
+            maps = os.open(f"/proc/{pid}/maps", READ_FLAGS)
         except OSError:
             continue  # gone meanwhile, or a process that nobody may look at
-        if plain not in text:
+        try:
+            found += [m for m in all_mappings(maps, pid, device) if m.inode == inode]
+        except (Gone, OSError):
             continue
-        for match in needle.finditer(text):
-            start, end, prot, sharing, offset = match.groups()
-            found.append(
-                MappedRange(
-                    pid,
-                    int(start, 16),
-                    int(end, 16),
-                    _prot(prot),
-                    sharing == b"s",
-                    int(offset, 16),
-                )
-            )
+        finally:
+            os.close(maps)
     return found
 
 
-def _prot(text: bytes) -> Prot:
-    return PROTS[(text[0] == 0x72) | (text[1] == 0x77) << 1 | (text[2] == 0x78) << 2]
+def _forks() -> int:
+    """Processes and threads made since the machine was started."""
+    for line in (_PROC / "stat").read_bytes().splitlines():
+        if line.startswith(b"processes "):
+            return int(line.split()[1])
+    return 0
