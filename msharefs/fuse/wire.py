@@ -175,9 +175,12 @@ class NotifyCode(IntEnum):
 
 
 # -- requests -----------------------------------------------------------------------------------
+#
+# Nobody changes them, but they are not frozen: making a frozen one takes four times as long, half a
+# microsecond more in every request.
 
 
-@attrs.frozen
+@attrs.define
 class IoctlRequest:
     """FUSE_IOCTL, restricted form: sizes come from the command's number (``_IOC_SIZE``).
 
@@ -210,7 +213,7 @@ class IoctlRequest:
         return bool(self.flags & (IoctlFlag.COMPAT | IoctlFlag.IS_32BIT))
 
 
-@attrs.frozen
+@attrs.define
 class FallocateRequest:
     """FUSE_FALLOCATE. ``mode`` holds FALLOC_FL_* bits (fallocate(2)); offset and length in bytes.
 
@@ -231,7 +234,7 @@ class FallocateRequest:
     mode: int
 
 
-@attrs.frozen
+@attrs.define
 class ReadRequest:
     """FUSE_READ of at most ``size`` bytes. ``file_flags`` are the open file's, as of this read."""
 
@@ -252,7 +255,7 @@ class ReadRequest:
         return bool(self.file_flags & os.O_NONBLOCK)
 
 
-@attrs.frozen
+@attrs.define
 class WriteRequest:
     """FUSE_WRITE of ``data`` at ``offset``. ``file_flags`` are the open file's, as of this write."""
 
@@ -268,7 +271,7 @@ class WriteRequest:
     opcode: ClassVar = Opcode.WRITE
 
 
-@attrs.frozen
+@attrs.define
 class GetxattrRequest:
     """FUSE_GETXATTR: the value of the attribute ``name``, or with ``size`` 0 only its length.
 
@@ -286,7 +289,7 @@ class GetxattrRequest:
     size: int
 
 
-@attrs.frozen
+@attrs.define
 class OpenRequest:
     """FUSE_OPEN or FUSE_CREATE; ``flags`` are open(2)'s."""
 
@@ -303,7 +306,7 @@ class OpenRequest:
         return self.opcode is Opcode.CREATE
 
 
-@attrs.frozen
+@attrs.define
 class ReleaseRequest:
     """FUSE_RELEASE: the last descriptor of an open file has gone. Mappings may live on."""
 
@@ -314,7 +317,7 @@ class ReleaseRequest:
     fh: int
 
 
-@attrs.frozen
+@attrs.define
 class InterruptRequest:
     """FUSE_INTERRUPT: the caller of request ``target`` has a signal waiting."""
 
@@ -324,7 +327,7 @@ class InterruptRequest:
     target: int
 
 
-@attrs.frozen
+@attrs.define
 class InitRequest:
     """FUSE_INIT: the kernel's version, and what it offers (`InitFlag` bits, both words in one)."""
 
@@ -337,7 +340,7 @@ class InitRequest:
     flags: int
 
 
-@attrs.frozen
+@attrs.define
 class OtherRequest:
     """A request of which only the header and the size matter here.
 

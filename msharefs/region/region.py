@@ -46,6 +46,7 @@ _FIXED: Final = int(MapFlag.FIXED)
 _FIXED_NOREPLACE: Final = int(MapFlag.FIXED_NOREPLACE)
 _ANONYMOUS: Final = int(MapFlag.ANONYMOUS)
 _NO_PROT: Final = ~int(PROT_ALL)
+_WRITE: Final = int(Prot.WRITE)
 
 READ_ONLY: Final = Prot.READ | Prot.EXEC
 WRITE_ONLY: Final = Prot.WRITE
@@ -250,7 +251,7 @@ class Region:
 
 def check_may_change(access: Prot) -> None:
     """Whoever may open a region for writing may change its table; others may not."""
-    if not int(access) & Prot.WRITE:
+    if not int(access) & _WRITE:
         raise DescriptorReadOnly("the descriptor is not open for writing")
 
 

@@ -173,7 +173,7 @@ class MappingTable:
         elif new and (above := self._by_start.get(end)) and above.continues(new[-1]):
             removed = [*removed, above]
             pieces = [*pieces, above]
-        added = _merged(pieces)
+        added = pieces if len(pieces) == 1 else _merged(pieces)
         counts = self._count_of_prot.copy()
         for mapping in removed:
             counts[mapping.prot] -= 1

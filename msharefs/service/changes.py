@@ -64,10 +64,11 @@ class Changes:
 
     def state(self, file: RegionFile) -> RegionState:
         """The region's state, made on first use."""
-        state = self._states.get(file.ino)
-        if state is None:
+        try:
+            return self._states[file.ino]
+        except KeyError:
             state = self._states[file.ino] = RegionState(self.log.new_region_ring())
-        return state
+            return state
 
     def dispose(self, file: RegionFile) -> None:
         """The region has gone: give back what it had reserved and close its memory."""

@@ -72,11 +72,13 @@ class Ring:
         return self.first + len(self._entries)
 
     def append(self, entry: Entry) -> None:
-        self._entries.append(entry)
-        if len(self._entries) > self._capacity:
-            self._entries.popleft()
+        entries = self._entries
+        entries.append(entry)
+        if len(entries) > self._capacity:
+            entries.popleft()
             self.first += 1
-        self._wake()
+        if self._parked or self._on_append:
+            self._wake()
 
     def close(self) -> None:
         self.closed = True

@@ -56,6 +56,7 @@ SIGNAL_MAX: Final = 64
 
 _Args = TypeVar("_Args", bound=Args)
 _COMMANDS: Final = {int(command): command for command in Command}
+_NEXT: Final = int(QueryFlag.NEXT)
 
 
 class Ioctls:
@@ -84,6 +85,7 @@ class Ioctls:
             Command.QUERY: self._query,
             Command.NOTIFY: self._notify,
             Command.SYNC: self._sync,
+            Command.INFO: self._info,
         }
 
     def __call__(self, request: IoctlRequest) -> IoctlReply | Awaitable[IoctlReply]:
@@ -92,9 +94,9 @@ class Ioctls:
         if command is None:
             raise NotAnIoctl(f"ioctl {request.cmd:#x}")
         handle = self._handles.get(request.fh)
-        if command is Command.INFO and isinstance(handle, RegionHandle | DirectoryHandle):
-            return self._info(handle)
         if not isinstance(handle, RegionHandle):
+            if command is Command.INFO and isinstance(handle, DirectoryHandle):
+                return self._info_of(0)
             raise NotAnIoctl(f"{command.name} of something that is no region")
         try:
             outcome = self._handlers[command](handle, request.data, request.pid)
@@ -225,10 +227,9 @@ class Ioctls:
         args = _unpack(QueryArgs, data)
         region = handle.file.region
         region.check_sized()
-        if args.query_flags & ~int(QueryFlag.NEXT) or args.reserved:
+        if args.query_flags & ~_NEXT or args.reserved:
             raise BadArgument("unknown query_flags, or a reserved field that is not zero")
-        or_next = bool(args.query_flags & QueryFlag.NEXT)
-        found = region.query(args.region_offset, or_next=or_next)
+        found = region.query(args.region_offset, or_next=bool(args.query_flags & _NEXT))
         answer = QueryArgs(
             region_offset=args.region_offset,
             query_flags=args.query_flags,
@@ -244,9 +245,11 @@ class Ioctls:
         )
         return IoctlReply(data=answer.pack())
 
-    def _info(self, handle: RegionHandle | DirectoryHandle) -> IoctlReply:
+    def _info(self, handle: RegionHandle, _data: bytes, _tid: int) -> IoctlReply:
+        return self._info_of(handle.file.region.size)
+
+    def _info_of(self, size: int) -> IoctlReply:
         """Also of a directory, and before a region has its size: one needs the alignment then."""
-        size = handle.file.region.size if isinstance(handle, RegionHandle) else 0
         answer = InfoArgs(
             gate=Gate.NONE, features=int(self._features), alignment=PAGE_SIZE, region_size=size
         )
