@@ -76,5 +76,13 @@ class Unsupported(RegionError):
     """Understood, valid, and not to be had on this mount."""
 
 
+class NotAdoptable(RegionError):
+    """The process cannot be made to obey: traced, 32-bit, seccomp ...; the message says which."""
+
+
+class ClientStuck(RegionError):
+    """A thread of the process did not stop in time: uninterruptible sleep, or frozen."""
+
+
 class StaleChange(RuntimeError):
     """A change was applied to a table other than the one it was planned for: a bug of ours."""

@@ -85,6 +85,8 @@ ERRNO_OF: Final[dict[type[BaseException], int]] = {
     region.RightsInUse: errno.EBUSY,
     region.NoSpace: errno.ENOSPC,
     region.Unsupported: errno.EOPNOTSUPP,
+    region.NotAdoptable: errno.EPERM,
+    region.ClientStuck: errno.ETIMEDOUT,
     NoSuchName: errno.ENOENT,
     NameTaken: errno.EEXIST,
     NameTooLong: errno.ENAMETOOLONG,

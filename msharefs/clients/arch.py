@@ -1,0 +1,352 @@
+"""What depends on the machine: registers, system call numbers, and what an interrupted call does.
+
+For x86-64 only. :func:`supported` says whether this is such a machine; everything else here may
+be used only if it is. Pure but for the registers' layout, which is the kernel's.
+
+Source: ``struct user_regs_struct`` in <sys/user.h>, syscall(2), signal(7) ("Interruption of
+system calls and library functions by signal handlers"), restart_syscall(2).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import platform
+import sys
+from enum import Enum, IntEnum
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Reader = Callable[[int, int], bytes]
+    """``read(address, size)`` of the tracee's memory; shorter or empty if it cannot be read."""
+
+_MASK: Final = (1 << 64) - 1
+_NO_CALL: Final = _MASK
+"""orig_rax of a thread that is not in a system call: the kernel restarts nothing."""
+
+SYSCALL_INSTRUCTION: Final = b"\x0f\x05"
+_USER_CS_64: Final = frozenset({0x33, 0xE033})  # the second: as a Xen guest
+
+# What a system call that was interrupted shows to a tracer (include/linux/errno.h). The kernel
+# acts on it when the thread goes on: it restarts the call, or makes it EINTR if a handler runs.
+_ERESTARTSYS: Final = 512
+_ERESTARTNOINTR: Final = 513
+_ERESTARTNOHAND: Final = 514
+_ERESTART_RESTARTBLOCK: Final = 516
+_RESTARTS: Final = frozenset(
+    {_ERESTARTSYS, _ERESTARTNOINTR, _ERESTARTNOHAND, _ERESTART_RESTARTBLOCK}
+)
+
+
+_NAMES: Final = (
+    "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags"
+    " rsp ss fs_base gs_base ds es fs gs"
+)
+
+
+class Registers(ctypes.Structure):
+    """A thread's general registers, in the order of PTRACE_GETREGS."""
+
+    _fields_ = tuple((name, ctypes.c_ulonglong) for name in _NAMES.split())
+
+    r8: int
+    r9: int
+    r10: int
+    rax: int
+    rdx: int
+    rsi: int
+    rdi: int
+    orig_rax: int
+    rip: int
+    cs: int
+    rsp: int
+
+    def copy(self) -> Registers:
+        return Registers.from_buffer_copy(self)
+
+    @property
+    def number(self) -> int:
+        """The system call that the thread is in or has just left; -1 outside of one."""
+        return signed(self.orig_rax)
+
+    @property
+    def arguments(self) -> tuple[int, int, int, int, int, int]:
+        """The system call's arguments, unsigned."""
+        return (self.rdi, self.rsi, self.rdx, self.r10, self.r8, self.r9)
+
+    @property
+    def result(self) -> int:
+        """What the system call returned: a value, or minus an errno. Valid at its exit."""
+        return signed(self.rax)
+
+    def set_result(self, value: int) -> None:
+        self.rax = value & _MASK
+
+    def skip(self) -> None:
+        """At the entry of a system call: it is not to be made. Its result is set at its exit."""
+        self.orig_rax = _NO_CALL
+
+
+RESULT_OFFSET: Final = Registers.rax.offset  # type: ignore[attr-defined] # ctypes' field descriptor
+"""Where the result lies for PTRACE_PEEKUSER: cheaper than all registers."""
+
+
+class Number(IntEnum):
+    """System calls, by their numbers on x86-64."""
+
+    READ = 0
+    WRITE = 1
+    OPEN = 2
+    CLOSE = 3
+    POLL = 7
+    MMAP = 9
+    MPROTECT = 10
+    MUNMAP = 11
+    RT_SIGACTION = 13
+    IOCTL = 16
+    PWRITE64 = 18
+    WRITEV = 20
+    SELECT = 23
+    MREMAP = 25
+    MADVISE = 28
+    DUP = 32
+    DUP2 = 33
+    PAUSE = 34
+    NANOSLEEP = 35
+    SENDFILE = 40
+    CONNECT = 42
+    ACCEPT = 43
+    SENDTO = 44
+    RECVFROM = 45
+    SENDMSG = 46
+    RECVMSG = 47
+    CLONE = 56
+    FORK = 57
+    VFORK = 58
+    EXECVE = 59
+    WAIT4 = 61
+    SEMOP = 65
+    MSGRCV = 70
+    FCNTL = 72
+    RT_SIGTIMEDWAIT = 128
+    RT_SIGSUSPEND = 130
+    FUTEX = 202
+    IO_GETEVENTS = 208
+    SEMTIMEDOP = 220
+    CLOCK_NANOSLEEP = 230
+    EPOLL_WAIT = 232
+    OPENAT = 257
+    PPOLL = 271
+    SPLICE = 275
+    EPOLL_PWAIT = 281
+    ACCEPT4 = 288
+    DUP3 = 292
+    PWRITEV = 296
+    RECVMMSG = 299
+    SENDMMSG = 307
+    EXECVEAT = 322
+    USERFAULTFD = 323
+    COPY_FILE_RANGE = 326
+    IO_URING_ENTER = 426
+    CLONE3 = 435
+    EPOLL_PWAIT2 = 441
+    FUTEX_WAITV = 449
+
+
+class Effect(Enum):
+    """What stopping a thread means for the system call that it was in."""
+
+    NONE = "none"
+    """It was in none, or the call had its result already: the thread goes on as it was."""
+    RESTARTED = "restarted"
+    """The kernel takes the call up again, time-outs included, once the thread goes on."""
+    DISTURBED = "disturbed"
+    """The program sees EINTR or a short count, as after SIGSTOP and SIGCONT."""
+
+
+def supported() -> bool:
+    """Whether this machine and this interpreter are of the one kind that is served."""
+    return platform.machine() == "x86_64" and sys.maxsize > 1 << 32
+
+
+def require() -> None:
+    """Raise OSError (ENOSYS) with one readable line on any other machine."""
+    if not supported():
+        raise OSError(
+            errno.ENOSYS, f"other processes' threads: x86-64 only, not {platform.machine()}"
+        )
+
+
+def signed(value: int) -> int:
+    """An unsigned 64-bit register as a signed number."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+def is_64_bit(registers: Registers) -> bool:
+    """Whether the thread runs 64-bit code; the numbers and registers of other code differ."""
+    return registers.cs in _USER_CS_64
+
+
+def after_call(registers: Registers) -> int:
+    """Where the instruction stands that the thread entered the kernel by, if it was ``syscall``."""
+    return (registers.rip - len(SYSCALL_INSTRUCTION)) & _MASK
+
+
+def prepare_call(
+    registers: Registers, instruction: int, number: int, arguments: tuple[int, ...]
+) -> None:
+    """Let the thread make a system call at ``instruction`` (a ``syscall`` in its code)."""
+    registers.rip = instruction
+    registers.rax = number
+    registers.orig_rax = _NO_CALL
+    padded = (*arguments, 0, 0, 0, 0, 0, 0)
+    registers.rdi = padded[0] & _MASK
+    registers.rsi = padded[1] & _MASK
+    registers.rdx = padded[2] & _MASK
+    registers.r10 = padded[3] & _MASK
+    registers.r8 = padded[4] & _MASK
+    registers.r9 = padded[5] & _MASK
+
+
+def was_interrupted(result: int) -> bool:
+    """Whether an injected call has to be made again: it was interrupted before it did anything."""
+    return -result in _RESTARTS
+
+
+def settle(registers: Registers, read: Reader) -> Effect:
+    """See to it that the interrupted call, if any, goes on unnoticed; say what could be had.
+
+    ``registers`` are those of a thread that was stopped and will be given them back. Calls that
+    the kernel restarts by itself are left alone. Some calls return EINTR even if no handler runs
+    (signal(7), the last list); where such a call would wait for ever, its result is turned into
+    that of a call which the kernel restarts unless a handler runs. That is exact: a signal that
+    does arrive still gives EINTR. Where it has a time-out, nobody knows how much of it is left.
+    """
+    number = registers.number
+    if number < 0:
+        return Effect.NONE
+    result = registers.result
+    if -result in _RESTARTS:
+        return Effect.RESTARTED
+    if result == -errno.EINTR:
+        if waits_for_ever(number, registers.arguments, read):
+            registers.set_result(-_ERESTARTNOHAND)
+            return Effect.RESTARTED
+        return Effect.DISTURBED
+    count = _wanted(number, registers)
+    return Effect.DISTURBED if count is not None and 0 < result < count else Effect.NONE
+
+
+_IORING_ENTER_EXT_ARG: Final = 8
+_MSG_WAITALL: Final = 0x100
+
+
+def waits_for_ever(number: int, arguments: tuple[int, ...], read: Reader) -> bool:
+    """Whether this call, never restarted by the kernel, has no time-out and can be made anew."""
+    match number:
+        case Number.EPOLL_WAIT | Number.EPOLL_PWAIT:
+            return arguments[3] & 0x8000_0000 != 0  # an int, negative
+        case Number.SEMOP:
+            return True
+        case Number.EPOLL_PWAIT2 | Number.SEMTIMEDOP:
+            return arguments[3] == 0
+        case Number.RT_SIGTIMEDWAIT:
+            return arguments[2] == 0
+        case Number.IO_GETEVENTS:
+            return arguments[4] == 0
+        case Number.IO_URING_ENTER:
+            if arguments[1]:  # to_submit: what was submitted must not be submitted again
+                return False
+            if not arguments[3] & _IORING_ENTER_EXT_ARG:
+                return True
+            # struct io_uring_getevents_arg: sigmask, sigmask_sz, min_wait_usec, ts
+            argument = read(arguments[4], 24)
+            return len(argument) == 24 and argument[12:].count(0) == 12
+    return False
+
+
+def _wanted(number: int, registers: Registers) -> int | None:
+    """How many bytes a call was asked to move that moves fewer only if it is interrupted."""
+    if number in {Number.WRITE, Number.PWRITE64, Number.SENDTO}:
+        return registers.rdx
+    if number == Number.RECVFROM and registers.r10 & _MSG_WAITALL:
+        return registers.rdx
+    return None
+
+
+_RESTARTED_BY_THE_KERNEL: Final = frozenset(
+    {
+        Number.FUTEX,
+        Number.POLL,
+        Number.PPOLL,
+        Number.SELECT,
+        Number.NANOSLEEP,
+        Number.CLOCK_NANOSLEEP,
+        Number.READ,
+        Number.ACCEPT,
+        Number.ACCEPT4,
+        Number.PAUSE,
+        Number.WAIT4,
+        Number.RT_SIGSUSPEND,
+        Number.FUTEX_WAITV,
+    }
+)
+
+_CLONE_VFORK: Final = 0x4000
+
+RUNNING: Final = -1
+"""Instead of a number: the thread is in user code, or in a fault."""
+
+
+def reluctance(number: int, arguments: tuple[int, ...]) -> int:
+    """How bad it is to stop a thread that is in this call: from 0, unnoticed, to 4.
+
+    At 3 the program sees it, at 4 the thread does not stop at all.
+
+    ``number`` is :data:`RUNNING` for a thread in user code. Memory is not looked at.
+    """
+    if number == RUNNING:
+        return 0
+    if number == Number.VFORK or (number == Number.CLONE and arguments[0] & _CLONE_VFORK):
+        return 4  # waits for its child, and does not stop before
+    if number in _RESTARTED_BY_THE_KERNEL:
+        return 1
+    if number in _NEVER_RESTARTED:
+        return 1 if waits_for_ever(number, arguments, _nothing) else 3
+    return 3 if number in _SHORTENED else 2
+
+
+_NEVER_RESTARTED: Final = frozenset(
+    {
+        Number.EPOLL_WAIT,
+        Number.EPOLL_PWAIT,
+        Number.EPOLL_PWAIT2,
+        Number.SEMOP,
+        Number.SEMTIMEDOP,
+        Number.RT_SIGTIMEDWAIT,
+        Number.IO_GETEVENTS,
+        Number.IO_URING_ENTER,
+    }
+)
+
+_SHORTENED: Final = frozenset(
+    {
+        Number.WRITE,
+        Number.PWRITE64,
+        Number.WRITEV,
+        Number.PWRITEV,
+        Number.SENDTO,
+        Number.SENDMSG,
+        Number.SENDMMSG,
+        Number.SENDFILE,
+        Number.SPLICE,
+        Number.COPY_FILE_RANGE,
+        Number.RECVMMSG,
+    }
+)
+
+
+def _nothing(_address: int, _size: int) -> bytes:
+    return b""

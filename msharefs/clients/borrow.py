@@ -1,0 +1,359 @@
+"""Borrow a thread of another process for a few system calls; give it back exactly as it was.
+
+The thread is seized and stopped, its registers and signal mask are noted, all its signals blocked,
+and it makes system calls at a ``syscall`` instruction: the one by which it entered the kernel or,
+stopped in its own code, one of the vdso. Nothing is written to its memory. Then everything is put
+back and the thread is let go: an interrupted call is restarted by the kernel, time-outs included;
+a signal that came meanwhile is delivered then, once, with all that belongs to it; a group stop
+stays in force; nobody who waits for the process sees anything.
+
+Signals are blocked, not passed on, because a signal must not be delivered to registers that are
+not the program's own; the kernel keeps them better than we could. The calls are followed by
+PTRACE_SYSCALL, not by single steps: a step ends in a SIGTRAP that the kernel forces upon the
+thread, which would end an SIG_IGN or a block that the program has set up for it.
+
+What cannot be had is reported (:attr:`Borrowed.disturbed`): a call that the kernel never restarts
+and that has a time-out returns EINTR, a write that was under way a short count, as they would
+after SIGSTOP and SIGCONT (signal(7)). So of several threads one is taken that is not in such a
+call.
+
+If this process is killed while a borrowed thread makes a call, the kernel lets go of the thread
+with the registers of that call. It then returns into the program, or into the vdso, with a wrong
+result in rax: the program will most likely crash. The time for which that is so is that of the
+call itself, a few microseconds for mprotect(2). Before and after, the kernel finds the
+thread's own registers in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import struct
+from time import monotonic
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
+
+from msharefs.clients import arch
+from msharefs.clients.arch import Effect, Number, Registers
+from msharefs.clients.ptrace import ALL_BLOCKED, Busy, Changed, Gone, Tracee, status_field
+from msharefs.clients.tracer import Session, TimedOut, pause
+from msharefs.region.errors import ClientStuck, NotAdoptable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+Body: TypeAlias = "Callable[[Borrowed], Session[T]]"
+
+_PAGE: Final = 4096
+_PROT_READ_WRITE: Final = 3
+_MAP_PRIVATE_ANONYMOUS: Final = 0x22
+_AT_SYSINFO_EHDR: Final = 33
+_SYSCALL: Final = arch.SYSCALL_INSTRUCTION
+_SIZE: Final = ctypes.sizeof(Registers)
+
+_RETRY: Final = 0.001
+"""Seconds between tries to seize a thread that another session holds."""
+
+
+def borrow(pid: int, body: Body[T], *, limit: float = 1.0) -> Session[T]:
+    """A session: stop a thread of process ``pid``, run ``body`` with it, give it back.
+
+    ``body`` is a generator function: ``result = yield from thread.call(Number.MPROTECT, ...)``.
+    Its return value is the session's. ``limit`` is in seconds, counted from the start.
+
+    Raises NotAdoptable (traced, 32-bit, seccomp, not to be seen from here), ClientStuck (no thread
+    stopped, or a call did not return, within the limit; what is still to be put back then will be
+    as soon as the thread stops), Gone (the process ended; or became another program meanwhile,
+    if it was seen: one that did so before is for ``body`` to notice).
+    """
+    if pid <= 0:
+        raise NotAdoptable("the process lives in a foreign pid namespace")
+    deadline = monotonic() + limit
+    tracee = yield from _stop_one(pid, deadline)
+    thread = Borrowed(pid, tracee)
+    try:
+        thread.take()
+        result = yield from body(thread)
+        yield from thread.forget()
+    except TimedOut:
+        raise ClientStuck(f"process {pid} did not finish a call in time") from None
+    finally:
+        if tracee.seized and tracee.stopped:
+            with contextlib.suppress(Gone):
+                thread.put_back()
+                tracee.detach()
+    return result
+
+
+class Borrowed:
+    """A stopped thread that makes calls for us; all else about it stays what it was.
+
+    Made by :func:`borrow`. At the gate, where the thread is stopped already (at the exit of a
+    system call that was not interrupted, or by an interrupt): make one, :meth:`take`, calls,
+    :meth:`put_back`; the tracee is then where it was, stopped at a system call's exit.
+    """
+
+    def __init__(self, pid: int, tracee: Tracee) -> None:
+        self.pid: Final = pid
+        self.tracee: Final = tracee
+        self.saved = Registers()
+        """The thread's own registers."""
+        self.disturbed = False
+        """Whether the program will see that its call was interrupted; unavoidably."""
+        self._work = Registers()
+        self._mask = 0
+        self._instruction = 0
+        self._scratch: list[tuple[int, int]] = []
+        self._suspended = False
+        self._taken = False
+
+    @property
+    def tid(self) -> int:
+        return self.tracee.tid
+
+    def take(self) -> None:
+        """Note what the thread has; block its signals. Raises NotAdoptable, Gone."""
+        tracee, saved = self.tracee, self.saved
+        tracee.read_registers(saved)
+        if not arch.is_64_bit(saved):
+            raise NotAdoptable("a 32-bit process")
+        if tracee.filtered():
+            raise NotAdoptable("a seccomp filter is in force")
+        self._instruction = self._find_instruction()
+        self.disturbed = arch.settle(saved, self.read) is Effect.DISTURBED
+        self._mask = tracee.signal_mask()
+        # Strict mode kills, and is not seen above; where seccomp cannot be suspended, look.
+        self._suspended = tracee.suspend_seccomp(suspended=True)
+        if not self._suspended and status_field(tracee.tid, "Seccomp") not in {"0", ""}:
+            raise NotAdoptable("seccomp is in force")
+        self._taken = True
+        tracee.set_signal_mask(ALL_BLOCKED)
+
+    def put_back(self) -> None:
+        """Registers and signal mask as they were. The thread stays stopped and seized."""
+        if not self._taken:
+            return
+        self._taken = False
+        self.tracee.set_registers(self.saved)
+        self.tracee.set_signal_mask(self._mask)
+        if self._suspended:
+            self.tracee.suspend_seccomp(suspended=False)
+
+    def call(self, number: int, *arguments: int) -> Session[int]:
+        """Make a system call: its result, or minus an errno. Raises Gone, TimedOut."""
+        tracee, registers = self.tracee, self._work
+        while True:
+            ctypes.memmove(ctypes.byref(registers), ctypes.byref(self.saved), _SIZE)
+            arch.prepare_call(registers, self._instruction, number, arguments)
+            tracee.set_registers(registers)
+            tracee.rest = self._put_back_late
+            yield from self._to_system_call()
+            yield from self._to_system_call()
+            tracee.rest = None
+            result = tracee.result()
+            if not arch.was_interrupted(result):
+                return result
+
+    def push(self, data: bytes) -> Session[int]:
+        """Put bytes where the thread's calls can read them: the address. Raises OSError.
+
+        In memory of their own, made by a call and unmapped by :meth:`forget`: what lies below the
+        stack pointer need not be free, for stacks can be small and lie anywhere.
+        """
+        size = -len(data) % _PAGE + len(data) or _PAGE
+        address = yield from self.call(
+            Number.MMAP, 0, size, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS, -1, 0
+        )
+        if -_PAGE < address < 0:
+            raise OSError(-address, f"memory in process {self.pid}: {os.strerror(-address)}")
+        self._scratch.append((address, size))
+        self.write(address, data)
+        return address
+
+    def forget(self) -> Session[None]:
+        """Unmap what :meth:`push` made."""
+        while self._scratch:
+            address, size = self._scratch.pop()
+            yield from self.call(Number.MUNMAP, address, size)
+
+    def read(self, address: int, size: int) -> bytes:
+        """Its memory; shorter or empty where there is none."""
+        try:
+            with open(f"/proc/{self.tid}/mem", "rb", buffering=0) as memory:  # noqa: PTH123
+                return os.pread(memory.fileno(), size, address)
+        except (OSError, OverflowError):
+            return b""
+
+    def write(self, address: int, data: bytes) -> None:
+        try:
+            with open(f"/proc/{self.tid}/mem", "r+b", buffering=0) as memory:  # noqa: PTH123
+                os.pwrite(memory.fileno(), data, address)
+        except (FileNotFoundError, ProcessLookupError):
+            raise Gone(f"thread {self.tid}") from None
+
+    def _to_system_call(self) -> Session[None]:
+        tracee = self.tracee
+        tracee.to_system_call()
+        while True:
+            stop = yield tracee
+            if stop.syscall:
+                return
+            # Group stops and their ends pass by; SIGSTOP is the one signal that is not blocked.
+            tracee.to_system_call(stop.signal)
+
+    def _find_instruction(self) -> int:
+        if self.saved.number >= 0:
+            address = arch.after_call(self.saved)
+            if self.tracee.word(address)[:2] == _SYSCALL:
+                return address
+        address = _vdso_instruction.get(self.pid, 0)
+        if not address or self.tracee.word(address)[:2] != _SYSCALL:
+            address = _look_up_vdso(self.pid)
+            if not address or self.tracee.word(address)[:2] != _SYSCALL:
+                raise NotAdoptable("no vdso with a system call in it")
+            if len(_vdso_instruction) >= 1 << 16:
+                _vdso_instruction.clear()
+            _vdso_instruction[self.pid] = address
+        return address
+
+    def _put_back_late(self) -> Session[None]:
+        """After the session gave up while a call was under way: put back when it stops."""
+        tracee = self.tracee
+        tracee.deadline = float("inf")
+        tracee.interrupt()
+        while True:
+            stop = yield tracee
+            if stop.signal:
+                tracee.to_system_call(stop.signal)
+            elif stop.syscall and tracee.at_entry():
+                registers = tracee.registers()
+                registers.skip()
+                tracee.set_registers(registers)
+                tracee.to_system_call()
+            else:
+                self.put_back()
+                tracee.detach()
+                return
+
+
+_vdso_instruction: dict[int, int] = {}
+"""By process id, for threads that are not in a system call; what is found is looked at again."""
+
+
+def _own_vdso_offset() -> int:
+    libc = ctypes.CDLL(None)
+    libc.getauxval.restype = ctypes.c_ulong
+    base = int(libc.getauxval(_AT_SYSINFO_EHDR))
+    if not base:
+        return -1
+    with open("/proc/self/maps", "rb") as maps:  # noqa: PTH123
+        for line in maps:
+            if line.endswith(b"[vdso]\n"):
+                start, end = (int(part, 16) for part in line.split(b" ", 1)[0].split(b"-"))
+                return ctypes.string_at(start, end - start).find(arch.SYSCALL_INSTRUCTION)
+    return -1
+
+
+_offset: int | None = None
+
+
+def _look_up_vdso(pid: int) -> int:
+    """A ``syscall`` instruction in a process's vdso, or 0. All 64-bit processes have the same."""
+    global _offset  # noqa: PLW0603 - found once, the same for all
+    if _offset is None:
+        _offset = _own_vdso_offset()
+    try:
+        with open(f"/proc/{pid}/auxv", "rb") as file:  # noqa: PTH123
+            auxv = file.read()
+    except OSError:
+        return 0
+    for kind, value in struct.iter_unpack("QQ", auxv[: len(auxv) // 16 * 16]):
+        if kind == _AT_SYSINFO_EHDR:
+            return value + _offset if _offset >= 0 else 0
+    return 0
+
+
+# --- which thread ---------------------------------------------------------------------------------
+
+
+def _stop_one(pid: int, deadline: float) -> Session[Tracee]:
+    """Seize and stop a thread of the process: the one that is disturbed least."""
+    gone: set[int] = set()
+    slow: set[int] = set()
+    patience = max((deadline - monotonic()) / 4, 0.0)
+    while True:
+        tids = [tid for tid in _threads(pid) if tid not in gone]
+        if not tids:
+            raise Gone(f"process {pid}")
+        choice = [tid for tid in tids if tid not in slow] or tids
+        tid = choice[0] if len(choice) == 1 else _least_disturbed(pid, choice)
+        now = monotonic()
+        try:
+            # Another thread is tried while there is one; the last has all the time that is left.
+            tracee = Tracee.seize(
+                tid, deadline if len(choice) == 1 else min(deadline, now + patience)
+            )
+            yield from _first_stop(tracee)
+        except Changed:
+            raise
+        except Gone:
+            gone.add(tid)
+        except (Busy, TimedOut) as error:
+            if monotonic() >= deadline:
+                raise ClientStuck(f"process {pid}: no thread stopped in time") from None
+            if isinstance(error, TimedOut):
+                slow.add(tid)
+            else:
+                yield from pause(_RETRY)
+        else:
+            tracee.deadline = deadline
+            return tracee
+
+
+def _first_stop(tracee: Tracee) -> Session[None]:
+    while True:
+        stop = yield tracee
+        if stop.interrupt:
+            return
+        if stop.exec:
+            raise Changed(f"process {tracee.tid} became another program")
+        # A signal was about to be delivered: it is, and the next stop comes before its handler's
+        # first instruction.
+        tracee.interrupt()
+        tracee.go_on(stop.signal)
+
+
+def _threads(pid: int) -> list[int]:
+    place = f"/proc/{pid}/task"
+    try:
+        if os.stat(place).st_nlink == 3:  # noqa: PTH116 - "." and ".." and one thread: no list needed
+            return [pid]
+        return [int(name) for name in os.listdir(place)]  # noqa: PTH208 - half the cost
+    except FileNotFoundError:
+        return []
+
+
+def _least_disturbed(pid: int, tids: list[int]) -> int:
+    best, least = tids[0], 99
+    for tid in tids:
+        found = _reluctance(pid, tid)
+        if found < least:
+            best, least = tid, found
+        if least <= 1:
+            break
+    return best
+
+
+def _reluctance(pid: int, tid: int) -> int:
+    """See arch.reluctance; proc_pid_syscall(5) says what a thread waits in."""
+    try:
+        with open(f"/proc/{pid}/task/{tid}/syscall", "rb") as file:  # noqa: PTH123
+            words = file.read().split()
+    except OSError:
+        return 50
+    if words[:1] == [b"running"]:
+        return 0
+    if len(words) < 7:
+        return 2  # it sleeps, but in no system call: in a fault
+    return arch.reluctance(int(words[0]), tuple(int(word, 16) for word in words[1:7]))

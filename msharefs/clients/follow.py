@@ -1,0 +1,132 @@
+"""Follow a thread from system call to system call, for a short time, and let it go.
+
+For the gate: a thread is seized while it waits in a call of ours, so that it stops before its
+next instruction, and followed until it makes the call that matters. Within a session::
+
+    held = Followed.seize(tid, deadline)    # then answer the call that it waits in
+    registers = yield from held.arrive()    # the exit of that call
+    registers = yield from held.entry()     # the entry of its next one
+    held.skip(registers)                    # ... which is not to be made,
+    yield from held.exit()
+    held.set_result(-errno.EACCES)          # ... and returns this
+    yield from held.let_go()
+
+At an exit it may be borrowed for calls of ours (:class:`msharefs.clients.borrow.Borrowed`).
+
+Promises: signals are delivered to the thread as they come; what it forks or starts is not traced;
+one that is stopped by SIGSTOP or becomes another program is let go at once (:class:`LetGo`). At
+the deadline TimedOut is raised; then, as at any other time, :meth:`Followed.let_go` lets it go,
+a call that it waits in being restarted. If this process dies, the thread goes on by itself.
+"""
+
+from __future__ import annotations
+
+from time import monotonic
+from typing import TYPE_CHECKING, Final
+
+from msharefs.clients import arch
+from msharefs.clients.ptrace import Stop, Tracee
+from msharefs.clients.tracer import Session, TimedOut
+
+if TYPE_CHECKING:
+    from msharefs.clients.arch import Registers
+
+_LAST_WAIT: Final = 1.0
+"""Seconds that :meth:`Followed.let_go` waits for the stop in which it can let go by itself."""
+
+
+class LetGo(Exception):
+    """The thread is no longer followed: its process was stopped, or is another program now."""
+
+
+class Followed:
+    """A thread that is ours between one system call and the next."""
+
+    def __init__(self, tracee: Tracee) -> None:
+        self.tracee: Final = tracee
+
+    @classmethod
+    def seize(cls, tid: int, deadline: float) -> Followed:
+        """From a thread's first moment here. ``deadline``: time.monotonic(), for all waits.
+
+        Raises NotAdoptable (traced already, or not to be traced) and Gone.
+        """
+        return cls(Tracee.seize(tid, deadline))
+
+    def arrive(self) -> Session[Registers]:
+        """Wait until it has come out of the call that it was seized in: its registers then.
+
+        A signal may have taken it to a handler since; the registers are those of the call's end.
+        """
+        tracee = self.tracee
+        registers: Registers | None = None
+        while True:
+            stop = yield tracee
+            self._check(stop)
+            registers = registers or tracee.registers()
+            if stop.interrupt:
+                return registers
+            tracee.interrupt()
+            tracee.go_on(stop.signal)
+
+    def entry(self) -> Session[Registers]:
+        """Let it run to the entry of its next system call; from an exit, or a first stop."""
+        self.tracee.to_system_call()
+        while not (yield from self._stop()).syscall:
+            pass
+        return self.tracee.registers()
+
+    def exit(self) -> Session[Registers]:
+        """From an entry: let it make the call and stop at its exit."""
+        return self.entry()
+
+    def skip(self, registers: Registers) -> None:
+        """At an entry: the call is not to be made."""
+        registers.skip()
+        self.tracee.set_registers(registers)
+
+    def set_result(self, result: int) -> None:
+        """At an exit: what the program is to see; minus an errno for an error."""
+        registers = self.tracee.registers()
+        registers.set_result(result)
+        self.tracee.set_registers(registers)
+
+    def let_go(self) -> Session[None]:
+        """Let go of it, wherever it is; if it runs, it is stopped for that."""
+        tracee = self.tracee
+        if not tracee.seized:
+            return
+        number = 0
+        if not tracee.stopped:
+            tracee.interrupt()
+            tracee.deadline = monotonic() + _LAST_WAIT
+            try:
+                number = (yield tracee).signal
+            except TimedOut:
+                return  # the tracer lets go of it as soon as it stops
+            registers = tracee.registers()
+            if registers.number >= 0:
+                before = registers.rax
+                arch.settle(registers, _nothing)
+                if registers.rax != before:
+                    tracee.set_registers(registers)
+        tracee.detach(number)
+
+    def _stop(self) -> Session[Stop]:
+        """The next stop that is not a signal's; the thread stays stopped."""
+        tracee = self.tracee
+        while True:
+            stop = yield tracee
+            self._check(stop)
+            if not stop.signal:
+                return stop
+            tracee.to_system_call(stop.signal)
+
+    def _check(self, stop: Stop) -> None:
+        if stop.group or stop.exec:
+            self.tracee.detach()
+            raise LetGo("stopped" if stop.group else "another program")
+
+
+def _nothing(_address: int, _size: int) -> bytes:
+    return b""
