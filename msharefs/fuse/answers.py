@@ -17,6 +17,7 @@ import trio
 from .wire import (
     MAX_ERRNO,
     OUT_HEADER,
+    CopyRequest,
     FallocateRequest,
     Frame,
     GetxattrRequest,
@@ -24,6 +25,7 @@ from .wire import (
     OpenRequest,
     ReadRequest,
     Request,
+    SeekRequest,
     WriteRequest,
     build_reply,
 )
@@ -142,7 +144,14 @@ def _describe(request: Request) -> str:
     if isinstance(request, IoctlRequest):
         return f"ioctl {request.cmd:#x} on node {request.nodeid} by pid {request.pid}"
     if isinstance(
-        request, FallocateRequest | ReadRequest | WriteRequest | OpenRequest | GetxattrRequest
+        request,
+        FallocateRequest
+        | ReadRequest
+        | WriteRequest
+        | SeekRequest
+        | CopyRequest
+        | OpenRequest
+        | GetxattrRequest,
     ):
         return f"{request.opcode.name} on node {request.nodeid} by pid {request.pid}"
     return request.opcode.name

@@ -16,6 +16,7 @@ from typing import Final, TypeAlias
 
 from .wire import (
     BATCH_FORGET_IN,
+    COPY_FILE_RANGE_IN,
     CREATE_IN,
     FALLOCATE_IN,
     FORGET_IN,
@@ -26,11 +27,13 @@ from .wire import (
     INIT_IN,
     INTERRUPT_IN,
     IOCTL_IN,
+    LSEEK_IN,
     OPEN_IN,
     READ_IN,
     RELEASE_IN,
     SMALL_REPLY,
     UNANSWERED,
+    CopyRequest,
     FallocateRequest,
     Frame,
     GetxattrRequest,
@@ -44,6 +47,7 @@ from .wire import (
     ReadRequest,
     ReleaseRequest,
     Request,
+    SeekRequest,
     WriteRequest,
 )
 
@@ -143,6 +147,20 @@ def _write(frame: Frame, size: int, header: _Header) -> WriteRequest:
     _, unique, nodeid, uid, gid, pid = header
     data = bytes(frame[IN_SIZE + READ_IN.size : size])
     return WriteRequest(unique, nodeid, uid, gid, pid, fh, offset, data, file_flags)
+
+
+def _seek(frame: Frame, size: int, header: _Header) -> SeekRequest:
+    _need(size, LSEEK_IN.size, header)
+    fh, offset, whence, _pad = LSEEK_IN.unpack_from(frame, IN_SIZE)
+    _, unique, nodeid, uid, gid, pid = header
+    return SeekRequest(unique, nodeid, uid, gid, pid, fh, offset, whence)
+
+
+def _copy(frame: Frame, size: int, header: _Header) -> CopyRequest:
+    _need(size, COPY_FILE_RANGE_IN.size, header)
+    _, unique, nodeid, uid, gid, pid = header
+    arguments = COPY_FILE_RANGE_IN.unpack_from(frame, IN_SIZE)
+    return CopyRequest(unique, nodeid, uid, gid, pid, *arguments)
 
 
 def _open(frame: Frame, size: int, header: _Header) -> OpenRequest:
@@ -272,8 +290,8 @@ _DECODERS: Final[dict[int, _Decoder]] = {
     Opcode.FALLOCATE: _fallocate,
     Opcode.READDIRPLUS: _readdir,
     Opcode.RENAME2: _plain(16, 2),
-    Opcode.LSEEK: _plain(24),
-    Opcode.COPY_FILE_RANGE: _plain(56),
+    Opcode.LSEEK: _seek,
+    Opcode.COPY_FILE_RANGE: _copy,
     Opcode.NOTIFY_REPLY: _header_only,
     Opcode.SETUPMAPPING: _header_only,
     Opcode.REMOVEMAPPING: _header_only,

@@ -13,10 +13,12 @@ import attrs
 
 if TYPE_CHECKING:
     from .wire import (
+        CopyRequest,
         FallocateRequest,
         GetxattrRequest,
         IoctlRequest,
         ReadRequest,
+        SeekRequest,
         WriteRequest,
     )
 
@@ -95,9 +97,11 @@ class Handlers:
     the caller gets EINTR, unless the handler finishes in spite of it (a shield). An exception of
     any kind becomes ``errno_of(exception, what was being done)`` for that one request.
 
-    ``read``, ``write`` (which returns how many bytes it took) and ``getxattr`` may leave a request
-    to the filesystem: `FORWARD`. ``getxattr`` returns the value, whatever the caller's buffer holds
-    (ERANGE if that is too small). ``opened`` is asked about each file that the filesystem has opened;
+    ``read``, ``write`` and ``copy`` (which return how many bytes they took), ``seek`` (the offset
+    found) and ``getxattr`` may leave a request to the filesystem: `FORWARD`. Of seek and copy
+    pyfuse3 knows nothing, and one of them that is forwarded is the last that the kernel sends.
+    ``getxattr`` returns the value, whatever the caller's buffer holds (ERANGE if that is too
+    small). ``opened`` is asked about each file that the filesystem has opened;
     None leaves the filesystem's reply as it is. If it raises, the open fails with that errno and
     the filesystem is told to release the file (and, of a file just created, to forget one lookup;
     its name stays).
@@ -115,4 +119,6 @@ class Handlers:
     getxattr: Callable[[GetxattrRequest], bytes | Awaitable[bytes] | Forward] = lambda _request: (
         FORWARD
     )
+    seek: Callable[[SeekRequest], int | Awaitable[int] | Forward] = lambda _request: FORWARD
+    copy: Callable[[CopyRequest], int | Awaitable[int] | Forward] = lambda _request: FORWARD
     released: Callable[[int], None] = lambda _fh: None

@@ -1,4 +1,4 @@
-"""The opcodes that the service's handlers answer: ioctl, fallocate, read, write, getxattr.
+"""The opcodes that the handlers answer: ioctl, fallocate, read, write, getxattr, lseek, copy.
 
 A handler's value is checked for what the kernel would take, and answered; a value that is still to
 come is left to a task (`Answers.start`).
@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 from .handlers import FORWARD, Handlers, IoctlReply
 from .wire import (
     GETXATTR_OUT,
+    LSEEK_OUT,
     WRITE_OUT,
+    CopyRequest,
     FallocateRequest,
     Frame,
     GetxattrRequest,
     IoctlRequest,
     ReadRequest,
+    SeekRequest,
     WriteRequest,
     build_ioctl_reply,
     build_reply,
@@ -95,6 +98,30 @@ class Served:
         except Exception as exc:  # noqa: BLE001 - errno_of is the boundary
             self._answers.refuse(request, self._answers.errno_of(exc, request))
 
+    def seek(self, request: SeekRequest, frame: Frame) -> None:
+        try:
+            value = self._handlers.seek(request)
+            if value is FORWARD:
+                self._forward(request, frame)
+            elif isinstance(value, int):
+                self._finish_seek(request, value)
+            else:
+                self._answers.start(request, value, self._finish_seek)
+        except Exception as exc:  # noqa: BLE001 - errno_of is the boundary
+            self._answers.refuse(request, self._answers.errno_of(exc, request))
+
+    def copy(self, request: CopyRequest, frame: Frame) -> None:
+        try:
+            value = self._handlers.copy(request)
+            if value is FORWARD:
+                self._forward(request, frame)
+            elif isinstance(value, int):
+                self._finish_copy(request, value)
+            else:
+                self._answers.start(request, value, self._finish_copy)
+        except Exception as exc:  # noqa: BLE001 - errno_of is the boundary
+            self._answers.refuse(request, self._answers.errno_of(exc, request))
+
     # What a handler returns is checked here, whatever it has promised: the type checker does not
     # see what a task's value comes to, and one wrong reply would leave its caller waiting.
 
@@ -131,3 +158,15 @@ class Served:
             self._answers.refuse(request, errno.ERANGE)
         else:
             self._answers.write(build_reply(request.unique, value))
+
+    def _finish_seek(self, request: SeekRequest, value: object) -> None:
+        if not isinstance(value, int) or not 0 <= value < 1 << 63:
+            raise TypeError(f"the handler of LSEEK returned {value!r}")
+        self._answers.write(build_reply(request.unique, LSEEK_OUT.pack(value)))
+
+    def _finish_copy(self, request: CopyRequest, value: object) -> None:
+        if not isinstance(value, int):
+            raise TypeError(f"the handler of COPY_FILE_RANGE returned {value!r}")
+        if not 0 <= value <= min(request.length, 0xFFFF_FFFF):
+            raise ValueError(f"COPY_FILE_RANGE copied {value} of {request.length} bytes")
+        self._answers.write(build_reply(request.unique, WRITE_OUT.pack(value, 0)))

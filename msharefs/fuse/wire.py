@@ -48,6 +48,11 @@ IOCTL_OUT: Final = struct.Struct("<iIII")
 """result, flags, in_iovs, out_iovs."""
 FALLOCATE_IN: Final = struct.Struct("<QQQII")
 """fh, offset, length, mode, padding."""
+LSEEK_IN: Final = struct.Struct("<QQII")
+"""fh, offset, whence, padding."""
+LSEEK_OUT: Final = struct.Struct("<Q")
+COPY_FILE_RANGE_IN: Final = struct.Struct("<QQQQQQQ")
+"""fh, offset, the target's node, fh and offset, length, flags."""
 INTERRUPT_IN: Final = struct.Struct("<Q")
 WRITE_OUT: Final = struct.Struct("<II")
 """size, padding"""
@@ -290,6 +295,42 @@ class GetxattrRequest:
 
 
 @attrs.define
+class SeekRequest:
+    """FUSE_LSEEK. ``whence`` is SEEK_DATA or SEEK_HOLE: the kernel sees to the others."""
+
+    opcode: ClassVar = Opcode.LSEEK
+
+    unique: int
+    nodeid: int
+    uid: int
+    gid: int
+    pid: int
+    fh: int
+    offset: int
+    whence: int
+
+
+@attrs.define
+class CopyRequest:
+    """FUSE_COPY_FILE_RANGE of ``length`` bytes between two open files of the mount."""
+
+    opcode: ClassVar = Opcode.COPY_FILE_RANGE
+
+    unique: int
+    nodeid: int
+    uid: int
+    gid: int
+    pid: int
+    fh: int
+    offset: int
+    target_nodeid: int
+    target_fh: int
+    target_offset: int
+    length: int
+    flags: int
+
+
+@attrs.define
 class OpenRequest:
     """FUSE_OPEN or FUSE_CREATE; ``flags`` are open(2)'s."""
 
@@ -359,6 +400,8 @@ Request: TypeAlias = (
     | ReadRequest
     | WriteRequest
     | GetxattrRequest
+    | SeekRequest
+    | CopyRequest
     | OpenRequest
     | ReleaseRequest
     | InterruptRequest

@@ -784,3 +784,44 @@ async def test_getxattr_is_answered_by_its_handler(value, size, error, payload, 
         assert await one.reply() == (2, error, payload)
         await one.nothing_more()
     assert asked == [(b"user.name", size, 9)]
+
+
+SEEK = (Opcode.LSEEK, "seek", struct.pack("<QQII", 3, 10, 4, 0))
+COPY = (Opcode.COPY_FILE_RANGE, "copy", struct.pack("<QQQQQQQ", 3, 10, 8, 4, 20, 30, 0))
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "value", "error", "payload"),
+    [
+        (SEEK, 4096, 0, struct.pack("<Q", 4096)),
+        (SEEK, FORWARD, errno.EXDEV, b""),
+        (SEEK, -1, errno.EIO, b""),
+        (SEEK, b"4096", errno.EIO, b""),
+        (COPY, 30, 0, struct.pack("<II", 30, 0)),
+        (COPY, 0, 0, struct.pack("<II", 0, 0)),
+        (COPY, FORWARD, errno.EXDEV, b""),
+        (COPY, 31, errno.EIO, b""),
+        (COPY, None, errno.EIO, b""),
+    ],
+)
+async def test_seek_and_copy_are_answered_by_their_handlers(kind, value, error, payload, later):
+    opcode, name, body = kind
+    asked = []
+
+    async def answer_later():
+        await trio.lowlevel.checkpoint()
+        return value
+
+    def handler(request):
+        asked.append(request)
+        return answer_later() if later and value is not FORWARD else value
+
+    async with rig(handlers(**{name: handler})) as one:
+        await one.ask(opcode, 2, body, nodeid=9)
+        if value is FORWARD:
+            assert (await one.forwarded())[:2] == (opcode, 2)
+            await one.library.send(build_reply(2, error=errno.EXDEV))
+        assert await one.reply() == (2, error, payload)
+        await one.nothing_more()
+    assert [(found.nodeid, found.fh, found.offset) for found in asked] == [(9, 3, 10)]

@@ -66,6 +66,7 @@ FIXED = {
     Opcode.READDIRPLUS: (40, 0),
     Opcode.RENAME2: (16, 2),
     Opcode.LSEEK: (24, 0),
+    Opcode.COPY_FILE_RANGE: (56, 0),
 }
 
 
