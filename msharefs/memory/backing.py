@@ -20,6 +20,8 @@ import attrs
 
 FALLOC_FL_KEEP_SIZE: Final = 1
 FALLOC_FL_PUNCH_HOLE: Final = 2
+FALLOC_FL_ZERO_RANGE: Final = 0x10
+"""linux/falloc.h."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -38,12 +40,29 @@ class Backing:
 
     def drop(self, start: int, end: int) -> None:
         """Free the memory of a range, in every process at once; it reads as zeroes after that."""
-        while _libc.fallocate(
-            self.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, end - start
-        ):
+        self._fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, end - start)
+
+    def allocate(self, offset: int, length: int, *, keep_size: bool = False) -> None:
+        """Give memory to a range, growing the file to its end unless ``keep_size``.
+
+        Raises OSError ENOSPC, having given none.
+        """
+        self._fallocate(FALLOC_FL_KEEP_SIZE if keep_size else 0, offset, length)
+
+    def _fallocate(self, mode: int, offset: int, length: int) -> None:
+        """fallocate(2). EINTR cannot be meant for us: whose call this is, is another's thread."""
+        while _libc.fallocate(self.fd, mode, offset, length):
             code = ctypes.get_errno()
             if code != errno.EINTR:
-                raise OSError(code, f"punching a hole: {os.strerror(code)}")
+                raise OSError(code, f"fallocate mode {mode}: {os.strerror(code)}")
+
+    def seek(self, offset: int, whence: int) -> int:
+        """lseek(2) for SEEK_DATA and SEEK_HOLE: the next offset. Raises OSError ENXIO past it."""
+        return os.lseek(self.fd, offset, whence)
+
+    def copy_to(self, other: Backing, offset: int, other_offset: int, count: int) -> int:
+        """copy_file_range(2): how many bytes were copied, 0 at this file's end."""
+        return os.copy_file_range(self.fd, other.fd, count, offset, other_offset)
 
     def holds_data(self, start: int, end: int) -> bool:
         """Whether any page of the range has been touched since it was last dropped."""

@@ -29,6 +29,7 @@ from msharefs.region.errors import (
 )
 from msharefs.region.mapping import ANON, PROTS, Change, Mapping, ObjectRef
 from msharefs.region.pages import checked_end, page_up
+from msharefs.region.semantics import MSHARE, Semantics
 from msharefs.region.table import MappingTable
 
 KNOWN_FLAGS: Final = int(
@@ -56,7 +57,10 @@ READ_WRITE: Final = PROT_ALL
 
 @attrs.frozen
 class Resize:
-    """A planned change of a region's size in bytes; shrinking unmaps what lies past the end."""
+    """A planned change of a region's size in bytes.
+
+    Shrinking unmaps what lies past the end; growing maps what ``Semantics.grown`` says.
+    """
 
     old_size: int
     new_size: int
@@ -69,6 +73,7 @@ class Region:
 
     number: int
     name: str
+    semantics: Semantics = MSHARE
     size: int = 0
     sized: bool = False
     table: MappingTable = attrs.field(factory=MappingTable)
@@ -93,9 +98,9 @@ class Region:
     # -- descriptors
 
     def check_open(self, access: Prot) -> None:
-        """The superset rule. Raises ModeTooNarrow."""
+        """The superset rule, where it holds. Raises ModeTooNarrow."""
         lacking = int(self.rights) & ~int(access)
-        if lacking:
+        if lacking and self.semantics.superset:
             raise ModeTooNarrow(
                 f"the region holds {self.rights.text()} mappings;"
                 f" the access mode does not cover {PROTS[lacking].text()}"
@@ -114,9 +119,13 @@ class Region:
         else:
             del self._descriptors[access]
 
+    def contested(self, change: Change) -> Prot:
+        """The rights a change newly gives that every live descriptor and mapping must have."""
+        return change.gained if self.semantics.superset else Prot.NONE
+
     def check_descriptors(self, change: Change) -> None:
         """Raises RightsInUse if the change adds a right that an open descriptor lacks."""
-        gained = int(change.gained)
+        gained = int(self.contested(change))
         if not gained:
             return
         for access, count in self._descriptors.items():
@@ -186,7 +195,11 @@ class Region:
         if size < 0:
             raise BadArgument(f"size {size} is negative")
         old_limit, new_limit = self.limit, page_up(size)
-        change = self.table.plan_unmap(min(new_limit, old_limit), old_limit)
+        if new_limit > old_limit and self.semantics.grown:
+            grown = Mapping(old_limit, new_limit, self.semantics.grown)
+            change = self.table.plan_map(grown)
+        else:
+            change = self.table.plan_unmap(min(new_limit, old_limit), old_limit)
         return Resize(self.size, size, change)
 
     def apply(self, change: Change) -> None:
@@ -225,10 +238,24 @@ class Region:
         return self._accessible(offset, min(size, self.size - offset), Prot.READ)
 
     def writable(self, offset: int, size: int) -> int:
-        """As :meth:`readable` for write(); nothing lies past the end, so AccessHole there."""
+        """As :meth:`readable` for write().
+
+        Past the end lies nothing, so AccessHole there; but where files grow by being written to
+        (``Semantics.grown``) any count is fine past the last page.
+        """
+        if self.semantics.grown:
+            inside = min(size, max(self.limit - offset, 0))
+            taken = self._accessible(offset, inside, Prot.WRITE)
+            return size if taken == inside else taken
         if size and offset >= self.size:
             raise AccessHole(f"{offset:#x} is past the region's end at {self.size:#x}")
         return self._accessible(offset, min(size, self.size - offset), Prot.WRITE)
+
+    def check_writable(self, offset: int, size: int) -> None:
+        """Raises as write() at the first byte of the range that it would not write."""
+        end = offset + size
+        while offset < end:
+            offset += self.writable(offset, end - offset)
 
     def _accessible(self, offset: int, size: int, right: Prot) -> int:
         at, end, wanted = offset, offset + max(size, 0), int(right)

@@ -72,7 +72,9 @@ class Changes:
 
     def dispose(self, file: RegionFile) -> None:
         """The region has gone: give back what it had reserved and close its memory."""
-        self.store.reserve(-sum(m.size for m in file.region.table if m.object.kind is Kind.ANON))
+        if file.region.semantics.reserves:
+            anonymous = (m.size for m in file.region.table if m.object.kind is Kind.ANON)
+            self.store.reserve(-sum(anonymous))
         state = self._states.pop(file.ino, None)
         if state is not None:
             state.ring.close()
@@ -108,7 +110,7 @@ class Changes:
         if state.lock.locked():
             return self._change_slowly(file, state, plan, event)
         change = plan()
-        if change.gained:
+        if file.region.contested(change):
             file.region.check_descriptors(change)
             return self._change_slowly(file, state, plan, event)
         if not _moves_memory(change):
@@ -148,7 +150,7 @@ class Changes:
 
     async def _check_mappings(self, file: RegionFile, change: Change) -> None:
         """Raises RightsInUse if a live mapping lacks a right that the region newly gives."""
-        gained = int(change.gained)
+        gained = int(file.region.contested(change))
         if not gained:
             return
         found = await trio.to_thread.run_sync(self.census, file.ino, abandon_on_cancel=True)
@@ -161,7 +163,7 @@ class Changes:
                 )
 
     def _begin(self, file: RegionFile, change: Change) -> None:
-        delta = _anonymous_delta(change)
+        delta = _reserved_delta(file, change)
         self.store.reserve(delta)
         try:
             file.region.apply(change)
@@ -171,7 +173,7 @@ class Changes:
 
     def _undo(self, file: RegionFile, change: Change) -> None:
         file.region.apply(change.inverse())
-        self.store.reserve(-_anonymous_delta(change))
+        self.store.reserve(-_reserved_delta(file, change))
 
     def _done(self, file: RegionFile, event: Event) -> None:
         file.touch()
@@ -193,22 +195,58 @@ class Changes:
         resize, was_sized = file.region.plan_resize(size), file.region.sized
         self._apply_resize(file, resize)
         try:
-            if resize.change.ranges:
+            if resize.change.removed and file.backing.holds_data(size, resize.old_size):
                 await trio.to_thread.run_sync(file.backing.resize, size)
             else:
                 file.backing.resize(size)
         except BaseException:
             file.region.apply(resize.change.inverse())
             file.region.size, file.region.sized = resize.old_size, was_sized
-            self.store.reserve(-_anonymous_delta(resize.change))
+            self.store.reserve(-_reserved_delta(file, resize.change))
             raise
-        detail = (("old", resize.old_size),)
-        event = Event(EventKind.RESIZE, file.region.name, actor, via, length=size, detail=detail)
-        self._done(file, event)
+        self._resized(file, resize, actor, via)
 
     def _apply_resize(self, file: RegionFile, resize: Resize) -> None:
-        self.store.reserve(_anonymous_delta(resize.change))
+        self.store.reserve(_reserved_delta(file, resize.change))
         file.region.apply_resize(resize)
+
+    def _resized(self, file: RegionFile, resize: Resize, actor: Actor, via: str) -> None:
+        name, size, detail = file.region.name, resize.new_size, (("old", resize.old_size),)
+        self._done(file, Event(EventKind.RESIZE, name, actor, via, length=size, detail=detail))
+
+    # -- contents that come with a change of size (``Semantics.grown``)
+
+    def growing(
+        self, file: RegionFile, work: Callable[[], int], actor: Actor, via: str
+    ) -> Awaitable[None] | None:
+        """Let ``work`` fill the backing file up to the offset it returns, and the region grow so.
+
+        None if it is done; else an awaitable that does it. Memory is there before the table says
+        so. Raises what ``work`` does, and the region's size is then what it was.
+        """
+        if self.state(file).lock.locked():
+            return self._growing_slowly(file, work, actor, via)
+        self._grown(file, work(), actor, via)
+        return None
+
+    async def _growing_slowly(
+        self, file: RegionFile, work: Callable[[], int], actor: Actor, via: str
+    ) -> None:
+        async with self.state(file).lock:
+            self._grown(file, work(), actor, via)
+
+    async def growing_in_thread(
+        self, file: RegionFile, work: Callable[[], int], actor: Actor, via: str
+    ) -> None:
+        """As :meth:`growing`, for work that takes longer than the loop may wait."""
+        async with self.state(file).lock:
+            self._grown(file, await trio.to_thread.run_sync(work), actor, via)
+
+    def _grown(self, file: RegionFile, size: int, actor: Actor, via: str) -> None:
+        if size > file.region.size:
+            resize = file.region.plan_resize(size)
+            self._apply_resize(file, resize)
+            self._resized(file, resize, actor, via)
 
 
 def _moves_memory(change: Change) -> bool:
@@ -216,8 +254,13 @@ def _moves_memory(change: Change) -> bool:
     return any(part.replaced or part.old is None for part in change.ranges)
 
 
-def _anonymous_delta(change: Change) -> int:
-    """Bytes of the region's own memory that may be touched after, minus before."""
+def _reserved_delta(file: RegionFile, change: Change) -> int:
+    """Bytes of the region's own memory that may be touched after, minus before.
+
+    0 where the mount counts memory when it is touched.
+    """
+    if not file.region.semantics.reserves:
+        return 0
     return sum(m.size for m in change.added if m.object.kind is Kind.ANON) - sum(
         m.size for m in change.removed if m.object.kind is Kind.ANON
     )

@@ -38,6 +38,7 @@ from msharefs.service.nodes import (
     Namespace,
     Node,
     RegionFile,
+    Special,
 )
 
 if TYPE_CHECKING:
@@ -153,7 +154,8 @@ class ControlTree:
             yield b"events", self._fixed[CONTROL_EVENTS_INO]
         if isinstance(owner, Directory):
             for name, node in owner.entries.items():
-                yield name, self._of(node, Slot.DIRECTORY)
+                if not isinstance(node, Special):
+                    yield name, self._of(node, Slot.DIRECTORY)
         else:
             for name, slot in _FILES.items():
                 yield name, self._of(owner, slot)
@@ -162,6 +164,8 @@ class ControlTree:
     def _of(owner: Node, slot: Slot) -> ControlNode:
         if isinstance(owner, Directory) and slot is not Slot.DIRECTORY:
             raise NoSuchName("a directory has no control files")
+        if isinstance(owner, Special):
+            raise NoSuchName("only regions and directories have control files")
         return ControlNode(owner.ino + slot, slot, owner)
 
 

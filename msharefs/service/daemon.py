@@ -76,9 +76,10 @@ async def _serve(
             gid=options.gid,
             new_backing=store.new_backing,
             dropped=changes.dispose,
+            semantics=options.semantics,
         )
         handles = Handles()
-        files = Files(handles, changes)
+        files = Files(handles, changes, namespace.leaving)
         features = FEATURES | (Feature.HUGE if options.huge not in {None, "never"} else Feature(0))
         ioctls = Ioctls(handles, changes, features=features, region_devices=_region_devices)
         operations = Filesystem(namespace, handles, changes, store)
@@ -87,6 +88,8 @@ async def _serve(
             fallocate=files.fallocate,
             read=files.read,
             write=files.write,
+            seek=files.seek,
+            copy=files.copy,
             opened=files.opened,
             released=operations.close,
             errno_of=errno_of,
@@ -135,7 +138,7 @@ def _region_devices() -> frozenset[int]:
 
 def _open_store(options: MountOptions) -> Store:
     try:
-        return Store.open(limit=options.limit, huge=options.huge)
+        return Store.open(limit=options.memory_limit, huge=options.huge)
     except OSError as error:
         hint = {
             errno.EPERM: "needs root (CAP_SYS_ADMIN)",

@@ -46,6 +46,10 @@ class IsADirectory(NamespaceError):
     """Anything but a directory was needed."""
 
 
+class NotALink(NamespaceError):
+    """A symbolic link was needed."""
+
+
 class NotEmpty(NamespaceError):
     """The directory holds names."""
 
@@ -92,6 +96,7 @@ ERRNO_OF: Final[dict[type[BaseException], int]] = {
     NameTooLong: errno.ENAMETOOLONG,
     NotADirectory: errno.ENOTDIR,
     IsADirectory: errno.EISDIR,
+    NotALink: errno.EINVAL,
     NotEmpty: errno.ENOTEMPTY,
     Reserved: errno.EPERM,
     BadRename: errno.EINVAL,

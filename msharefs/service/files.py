@@ -1,34 +1,61 @@
-"""Open files as the router serves them: how they are opened, read(), write(), fallocate().
+"""Open files as the router serves them: read(), write(), and what allots, finds and copies data.
 
-For: what pyfuse3 has no call for (passthrough, fallocate), and what it has one for that does not
-say who is asking (read, write) or may not wait (events).
+For: what pyfuse3 has no call for (passthrough, fallocate, lseek, copy_file_range), and what it has
+one for that does not say who is asking (read, write) or may not wait (events).
 
-``read`` and ``write`` of a region obey its table: a hole is ENXIO and a forbidden access EACCES,
-after a short count for what lies before it (the rules table in ``docs/ioctl.md``).
+All of it obeys a region's table: a hole is ENXIO and a forbidden access EACCES, after a short
+count for what lies before it (the rules table in ``docs/ioctl.md``).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import errno
+from typing import TYPE_CHECKING, Final
 
 import attrs
+import trio
 
 from msharefs.fuse.handlers import OpenPlan
-from msharefs.region.errors import BadArgument, Unsupported
+from msharefs.memory.backing import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    FALLOC_FL_ZERO_RANGE,
+)
+from msharefs.region.errors import AccessHole, BadArgument, Unsupported
 from msharefs.region.events import Event, EventKind
 from msharefs.service.errors import IsADirectory, WouldBlock
 from msharefs.service.handles import EventsHandle, RegionHandle, TextHandle
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable
 
     from msharefs.fuse.handlers import OpenedFile
-    from msharefs.fuse.wire import FallocateRequest, ReadRequest, WriteRequest
+    from msharefs.fuse.wire import (
+        CopyRequest,
+        FallocateRequest,
+        ReadRequest,
+        SeekRequest,
+        WriteRequest,
+    )
     from msharefs.service.changes import Changes
     from msharefs.service.handles import Handles
 
-OFFSET_END = 1 << 63
+OFFSET_END: Final = 1 << 63
 """No file offset reaches this (off_t is signed)."""
+COPIED_AT_ONCE: Final = 64 << 20
+"""Bytes. copy_file_range(2) may be short, and so may be interrupted from time to time."""
+LEAVING_PATIENCE: Final = 0.2
+"""Seconds that a write may wait, on a full mount, for the memory of files that are going."""
+_MODES: Final = frozenset(
+    {
+        0,
+        FALLOC_FL_KEEP_SIZE,
+        FALLOC_FL_ZERO_RANGE,
+        FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE,
+        FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+    }
+)
+"""Of fallocate(2). The kernel itself refuses the others on FUSE, with EOPNOTSUPP."""
 
 
 @attrs.frozen
@@ -37,6 +64,8 @@ class Files:
 
     _handles: Handles
     _changes: Changes
+    _leaving: Callable[[], bool]
+    """Whether there are nameless files that nobody has open, which the kernel has yet to forget."""
 
     def opened(self, opened: OpenedFile) -> OpenPlan:
         """How the kernel should treat a file that has just been opened."""
@@ -62,25 +91,106 @@ class Files:
             raise WouldBlock("no event yet")
         return handle.reader.read(request.size)
 
-    def write(self, request: WriteRequest) -> int:
+    def write(self, request: WriteRequest) -> int | Awaitable[int]:
         """FUSE_WRITE: how many bytes were taken."""
         handle = self._handles.get(request.fh)
         if isinstance(handle, RegionHandle):
-            return self._write_region(handle, request)
+            try:
+                return self._write_region(handle, request)
+            except OSError as error:
+                if error.errno != errno.ENOSPC or not self._leaving():
+                    raise
+            return self._write_again(handle, request)
         if isinstance(handle, EventsHandle):
             raise Unsupported("this mount holds no accesses that could be decided on")
         raise BadArgument("a file that the mount makes up")
 
     def fallocate(self, request: FallocateRequest) -> Awaitable[None]:
-        """Mode 0 sets the size, as in the kernel series; it never shrinks. No other modes."""
+        """Mode 0 sets the size, as in the kernel series; it never shrinks. No other modes.
+
+        Where the mount's files are as tmpfs has them, mode 0 also gives memory to the range, and
+        the modes are those of tmpfs and ZERO_RANGE.
+        """
         handle = self._handles.region(request.fh)
-        if request.mode:
+        allocates = handle.file.region.semantics.allocates
+        if request.mode and not (allocates and request.mode in _MODES):
             raise Unsupported(f"fallocate mode {request.mode:#x}")
         end = request.offset + request.length
         if end >= OFFSET_END:
             raise BadArgument("offset plus length overflows")
         actor = handle.actor(request.pid)
+        if allocates:
+            return self._allocate(handle, request)
         return self._changes.grow(handle.file, end, actor, "fallocate")
+
+    async def _allocate(self, handle: RegionHandle, request: FallocateRequest) -> None:
+        file, actor = handle.file, handle.actor(request.pid)
+        offset, length, mode = request.offset, request.length, request.mode
+        clears = bool(mode & (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE))
+
+        def work() -> int:
+            if clears:
+                inside = max(min(length, file.region.limit - offset), 0)
+                file.region.check_writable(offset, inside)
+                file.backing.drop(offset, offset + length)
+            if not mode & FALLOC_FL_PUNCH_HOLE:
+                keep_size = bool(mode & FALLOC_FL_KEEP_SIZE)
+                file.backing.allocate(offset, length, keep_size=keep_size)
+            return 0 if mode & FALLOC_FL_KEEP_SIZE else offset + length
+
+        try:
+            await self._changes.growing_in_thread(file, work, actor, "fallocate")
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not self._leaving():
+                raise
+            await self._left()
+            await self._changes.growing_in_thread(file, work, actor, "fallocate")
+        if clears:
+            self._wrote(handle, request.pid, "fallocate", offset, length)
+        else:
+            file.touch()
+
+    def seek(self, request: SeekRequest) -> int:
+        """lseek(2) for SEEK_DATA and SEEK_HOLE: where memory has been touched, as tmpfs tells."""
+        handle = self._handles.get(request.fh)
+        if not isinstance(handle, RegionHandle):
+            raise BadArgument("a file that the mount makes up has no holes")
+        if request.offset >= handle.file.region.size:  # also what was negative
+            raise AccessHole(f"{request.offset:#x} is past the region's end")
+        try:
+            found = handle.file.backing.seek(request.offset, request.whence)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                raise AccessHole(f"no data from {request.offset:#x} on") from None
+            raise
+        return min(found, handle.file.region.size)
+
+    async def copy(self, request: CopyRequest) -> int:
+        """copy_file_range(2) between two files of the mount: how many bytes were copied."""
+        source, target = self._handles.get(request.fh), self._handles.get(request.target_fh)
+        if not isinstance(source, RegionHandle) or not isinstance(target, RegionHandle):
+            raise Unsupported("copied by the kernel's own means")  # which EOPNOTSUPP makes it do
+        origin, file = source.file, target.file
+        count = min(request.length, COPIED_AT_ONCE)
+        count = origin.region.readable(request.offset, count)
+        if not count:
+            return 0
+        copied = 0
+
+        def work() -> int:
+            nonlocal copied
+            allowed = file.region.writable(request.target_offset, count)
+            while copied < allowed:
+                at, to = request.offset + copied, request.target_offset + copied
+                taken = origin.backing.copy_to(file.backing, at, to, allowed - copied)
+                if not taken:
+                    break
+                copied += taken
+            return request.target_offset + copied
+
+        actor = target.actor(request.pid)
+        await self._changes.growing_in_thread(file, work, actor, "copy_file_range")
+        return self._wrote(target, request.pid, "copy_file_range", request.target_offset, copied)
 
     def _read_region(self, handle: RegionHandle, offset: int, size: int) -> bytes:
         file = handle.file
@@ -90,14 +200,52 @@ class Files:
         state.count("read_bytes", len(data))
         return data
 
-    def _write_region(self, handle: RegionHandle, request: WriteRequest) -> int:
+    def _write_region(self, handle: RegionHandle, request: WriteRequest) -> int | Awaitable[int]:
+        file, offset = handle.file, request.offset
+        allowed = file.region.writable(offset, len(request.data))
+        if offset + allowed > file.region.size:
+            return self._write_past_end(handle, request)
+        written = file.backing.write(offset, memoryview(request.data)[:allowed])
+        return self._wrote(handle, request.pid, "write", offset, written)
+
+    def _write_past_end(self, handle: RegionHandle, request: WriteRequest) -> int | Awaitable[int]:
+        file, offset = handle.file, request.offset
+        written = 0
+
+        def work() -> int:
+            nonlocal written
+            allowed = file.region.writable(offset, len(request.data))
+            written = file.backing.write(offset, memoryview(request.data)[:allowed])
+            return offset + written
+
+        pending = self._changes.growing(file, work, handle.actor(request.pid), "write")
+        if pending is None:
+            return self._wrote(handle, request.pid, "write", offset, written)
+
+        async def finished() -> int:
+            await pending
+            return self._wrote(handle, request.pid, "write", offset, written)
+
+        return finished()
+
+    async def _write_again(self, handle: RegionHandle, request: WriteRequest) -> int:
+        await self._left()
+        outcome = self._write_region(handle, request)
+        return outcome if isinstance(outcome, int) else await outcome
+
+    async def _left(self) -> None:
+        """Wait for the memory of files that have been unlinked, or for too long.
+
+        Their last close() or unlink() has returned, but the kernel tells us in its own time.
+        """
+        with trio.move_on_after(LEAVING_PATIENCE):
+            while self._leaving():  # noqa: ASYNC110 - the namespace knows no trio, and it is rare
+                await trio.sleep(LEAVING_PATIENCE / 100)
+
+    def _wrote(self, handle: RegionHandle, tid: int, via: str, offset: int, length: int) -> int:
         file = handle.file
-        allowed = file.region.writable(request.offset, len(request.data))
-        written = file.backing.write(request.offset, memoryview(request.data)[:allowed])
-        self._changes.state(file).count("write_bytes", written)
+        self._changes.state(file).count("write_bytes", length)
         file.touch()
-        actor, name = handle.actor(request.pid), file.region.name
-        self._changes.tell(
-            file, Event(EventKind.WRITE, name, actor, "write", request.offset, written)
-        )
-        return written
+        actor, name = handle.actor(tid), file.region.name
+        self._changes.tell(file, Event(EventKind.WRITE, name, actor, via, offset, length))
+        return length

@@ -30,6 +30,7 @@ from msharefs.service import control
 from msharefs.service.control import ControlNode, ControlTree, Slot
 from msharefs.service.errors import (
     IsADirectory,
+    NotALink,
     NotOpenForThat,
     Reserved,
     errno_of,
@@ -53,6 +54,7 @@ from msharefs.service.nodes import (
     Namespace,
     Node,
     RegionFile,
+    Special,
 )
 
 if TYPE_CHECKING:
@@ -123,15 +125,24 @@ class Filesystem(pyfuse3.Operations):
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
-        if not stat.S_ISREG(mode):
-            raise Reserved("only regions and directories live here")
         directory = self._directory(parent_inode)
-        return self._entry(self._names.create_region(directory, name, mode, ctx.uid, ctx.gid))
+        make = self._names.create_region if stat.S_ISREG(mode) else self._names.make_special
+        return self._entry(make(directory, name, mode, ctx.uid, ctx.gid))
 
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext
     ) -> EntryAttributes:
-        raise Reserved("only regions and directories live here")
+        directory = self._directory(parent_inode)
+        mode = stat.S_IFLNK | 0o777
+        return self._entry(
+            self._names.make_special(directory, name, mode, ctx.uid, ctx.gid, target)
+        )
+
+    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        node = self._names.node(inode)
+        if not isinstance(node, Special) or not stat.S_ISLNK(node.mode):
+            raise NotALink(node.path)
+        return node.target
 
     async def mkdir(
         self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext
@@ -142,8 +153,11 @@ class Filesystem(pyfuse3.Operations):
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         directory = self._directory(parent_inode)
         path = self._names.lookup(directory, name).path if name in directory.entries else ""
-        file = self._names.unlink(directory, name)
-        self._unlinked(file, path, ctx.pid, "unlink")
+        node = self._names.unlink(directory, name)
+        if isinstance(node, RegionFile):
+            self._unlinked(node, path, ctx.pid, "unlink")
+        else:
+            self._names.drop_if_dead(node)
 
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         directory = self._directory(parent_inode)
@@ -408,9 +422,11 @@ def _attributes(node: Node) -> EntryAttributes:
         entry.st_size = node.region.size
         entry.st_blocks = node.backing.allocated // 512
         entry.attr_timeout = 0
-    elif isinstance(node, Directory):
+    elif isinstance(node, Directory | Special):
         entry.st_nlink = node.nlink
         entry.attr_timeout = FOR_EVER
+        if isinstance(node, Special):
+            entry.st_size = len(node.target)
     return entry
 
 

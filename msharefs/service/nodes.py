@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from msharefs.region.region import Region
+from msharefs.region.semantics import MSHARE
 from msharefs.service.errors import (
     BadRename,
     IsADirectory,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from msharefs.memory.backing import Backing
+    from msharefs.region.semantics import Semantics
 
 ROOT_INO: Final = 1
 INFO_INO: Final = 2
@@ -49,6 +51,9 @@ CONTROL_NAME: Final = b".control"
 RESERVED_NAMES: Final = frozenset({INFO_NAME, CONTROL_NAME, b".objects", b"events"})
 """Names in the root directory that no user may make or remove. ``events`` is among them because
 ``.control/events`` is the mount's own stream."""
+
+_SPECIAL_TYPES: Final = frozenset({stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK})
+"""Devices are not among them: the mount is nodev."""
 
 RENAME_NOREPLACE: Final = 1
 RENAME_EXCHANGE: Final = 2
@@ -118,8 +123,22 @@ class RegionFile(Node):
         return len(self.links)
 
 
+@attrs.define(eq=False)
+class Special(Node):
+    """What is neither directory nor region: a symbolic link, a pipe or a socket.
+
+    The kernel does all that can be done with one, given the type in ``mode`` and the ``target``.
+    """
+
+    target: bytes = b""
+
+    @property
+    def nlink(self) -> int:
+        return len(self.links)
+
+
 class Namespace:
-    """All directories and regions of one mount."""
+    """All nodes of one mount. ``semantics`` are those of its regions."""
 
     def __init__(
         self,
@@ -129,6 +148,7 @@ class Namespace:
         gid: int,
         new_backing: Callable[[str], Backing],
         dropped: Callable[[RegionFile], None],
+        semantics: Semantics = MSHARE,
     ) -> None:
         """``dropped`` is told of a region that has gone, and disposes of what belongs to it."""
         self.root = Directory(ROOT_INO, stat.S_IFDIR | root_mode, uid, gid)
@@ -136,6 +156,7 @@ class Namespace:
         self._next_ino = FIRST_INO
         self._new_backing = new_backing
         self._dropped = dropped
+        self._semantics = semantics
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -183,9 +204,30 @@ class Namespace:
             stat.S_IFREG | stat.S_IMODE(mode),
             uid,
             _inherited_gid(directory, gid),
-            region=Region(ino, label),
+            region=Region(ino, label, self._semantics),
             backing=self._new_backing(label),
         )
+        self._add(directory, name, made)
+        return made
+
+    def make_special(
+        self,
+        directory: Directory,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        target: bytes = b"",
+    ) -> Special:
+        """A symbolic link to ``target``, a pipe or a socket: ``mode`` says which.
+
+        Raises Reserved on a mount that holds only regions and directories, and for devices.
+        """
+        if not self._semantics.any_names or stat.S_IFMT(mode) not in _SPECIAL_TYPES:
+            raise Reserved("only regions and directories live here")
+        self._check_new_name(directory, name)
+        gid = _inherited_gid(directory, gid)
+        made = Special(self._new_ino(), mode, uid, gid, target=target)
         self._add(directory, name, made)
         return made
 
@@ -201,7 +243,7 @@ class Namespace:
         return made
 
     def link(self, node: Node, directory: Directory, name: bytes) -> None:
-        """One more name for a region."""
+        """One more name for anything but a directory."""
         if isinstance(node, Directory):
             raise Reserved("a directory has one name")
         self._check_new_name(directory, name)
@@ -209,11 +251,11 @@ class Namespace:
         self._attach(directory, name, node)
         self._renamed(node)
 
-    def unlink(self, directory: Directory, name: bytes) -> RegionFile:
-        """Take a region's name away (unlink(2)); :meth:`drop_if_dead` is the caller's to call."""
+    def unlink(self, directory: Directory, name: bytes) -> RegionFile | Special:
+        """Take a name away (unlink(2)); :meth:`drop_if_dead` is the caller's to call."""
         self._check_reserved(directory, name)
         node = self.lookup(directory, name)
-        if not isinstance(node, RegionFile):
+        if not isinstance(node, RegionFile | Special):
             raise IsADirectory(node.path)
         self._detach(directory, name, node)
         return node
@@ -300,6 +342,10 @@ class Namespace:
             return
         if isinstance(node, RegionFile):
             self._dropped(node)
+
+    def leaving(self) -> bool:
+        """Whether a region without name and descriptor waits for the kernel to forget it."""
+        return any(not file.links and not file.opens for file in self.regions())
 
     def clear(self) -> None:
         """The mount has gone, and with it every reference."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Self
 
 import attrs
+import psutil
 
 from msharefs.memory.tmpfs import HUGE_POLICIES
 from msharefs.region.pages import page_down
+from msharefs.region.semantics import AUTOMAP, MSHARE, Semantics
 from msharefs.service.eventlog import MOUNT_CAPACITY
 from msharefs.units import parse_size
 
@@ -73,16 +75,39 @@ class MountOptions:
     log: str | None = None
     read_only: bool = False
     noexec: bool = False
+    automap: bool = False
+    private: bool = False
 
     HELP = (
         ("size=SIZE", "limit for the memory of all regions together; ENOSPC beyond it"),
         ("huge=POLICY", f"huge pages: {', '.join(HUGE_POLICIES)} (as for tmpfs)"),
+        (
+            "automap",
+            "plain files as on tmpfs: growing one maps memory; size= is half of all memory",
+        ),
+        ("private=POLICY", "MAP_PRIVATE: refuse (default) or allow; such a copy is out of reach"),
         ("mode=MODE", "mode of the root directory in octal (default 1777)"),
         ("uid=UID, gid=GID", "owner of the root directory (default root)"),
         ("events=N", f"events held for readers that come late (default {MOUNT_CAPACITY})"),
         ("log=FILE", "append the log to FILE (default: standard error, or syslog)"),
         ("ro, noexec", "as for mount(8)"),
     )
+
+    @property
+    def semantics(self) -> Semantics:
+        """What the mount takes its files for."""
+        return attrs.evolve(AUTOMAP if self.automap else MSHARE, private=self.private)
+
+    @property
+    def memory_limit(self) -> int | None:
+        """Bytes; None is no limit.
+
+        Where nothing is reserved, one fallocate() could take all of the machine's memory. So there
+        the limit is the one that tmpfs(5) has by default.
+        """
+        if self.limit is None and not self.semantics.reserves:
+            return page_down(psutil.virtual_memory().total // 2)
+        return self.limit
 
     @classmethod
     def parse(cls, text: str, *, source: str = "msharefs") -> Self:
@@ -119,6 +144,12 @@ def _huge(text: str) -> str:
     return text
 
 
+def _private(text: str) -> bool:
+    if text not in {"refuse", "allow"}:
+        raise ValueError(f"{text!r} is neither refuse nor allow")
+    return text == "allow"
+
+
 def _mode(text: str) -> int:
     try:
         mode = int(text, 8)
@@ -150,10 +181,11 @@ def _text(text: str) -> str:
 _VALUES: Final[dict[str, tuple[str, Callable[[str], object]]]] = {
     "size": ("limit", _limit),
     "huge": ("huge", _huge),
+    "private": ("private", _private),
     "mode": ("root_mode", _mode),
     "uid": ("uid", _id),
     "gid": ("gid", _id),
     "events": ("events", _count),
     "log": ("log", _text),
 }
-_WORDS: Final = {"ro": "read_only", "noexec": "noexec"}
+_WORDS: Final = {"ro": "read_only", "noexec": "noexec", "automap": "automap"}

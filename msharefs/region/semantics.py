@@ -1,0 +1,58 @@
+"""What a mount takes its files for: the rules that differ from one kind of mount to another.
+
+One value of :class:`Semantics` is chosen by the mount options and held by every region of the
+mount. Code asks it for the rule at hand, never for the kind of mount, so that a further kind is
+one more value here.
+
+Leaves out: what a rule means for memory and for the programs that map a region. Whoever carries a
+change out finds that in the change.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import attrs
+
+from msharefs.abi import PROT_ALL, Prot
+
+
+@attrs.frozen
+class Semantics:
+    """The rules of one kind of mount.
+
+    ``grown``: the protection of the memory that growing a file maps over the new part. NONE maps
+    nothing: the part is a hole until CREATE_MAPPING fills it, and write() does not grow the file.
+    ``superset``: an open() or mmap() that does not give every right that the region holds
+    somewhere is refused, and so is a change that gives one which a live descriptor or mapping
+    lacks. Without it each descriptor and mapping has its own rights at most, as for plain files:
+    what a mapping may do is what it was made for *and* what the table says.
+    ``beyond``: what a mapping may do past the region's end, before the kernel's SIGBUS.
+    ``reserves``: memory is counted against the mount's limit when it is mapped; else when it is
+    touched, and a program that touches more than there is gets SIGBUS.
+    ``allocates``: fallocate() with mode 0 gives memory to the range; else it only sets the size.
+    ``any_names``: symbolic links, pipes and sockets may lie between the regions.
+    ``private``: MAP_PRIVATE is let in. Such a mapping is a copy that nothing here can reach.
+    """
+
+    grown: Prot = Prot.NONE
+    superset: bool = True
+    beyond: Prot = Prot.NONE
+    reserves: bool = True
+    allocates: bool = False
+    any_names: bool = False
+    private: bool = False
+
+
+MSHARE: Final = Semantics()
+"""As the rules table in ``docs/ioctl.md`` has them."""
+
+AUTOMAP: Final = Semantics(
+    grown=Prot.READ | Prot.WRITE,
+    superset=False,
+    beyond=PROT_ALL,
+    reserves=False,
+    allocates=True,
+    any_names=True,
+)
+"""As tmpfs(5), for programs that know nothing of mshare: ``docs/automap.md``."""

@@ -1,0 +1,212 @@
+"""mshare over plain files: the table follows the files, and what is laid over them holds."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import struct
+import subprocess
+import sys
+
+import pytest
+
+from msharefs.client import Region
+from tests.automap.test_as_tmpfs import KEEP_SIZE, PAGE, PUNCH_HOLE, ZERO_RANGE, fallocate
+
+MIB = 1 << 20
+F_OFD_SETLK = 37
+
+LOCKER = """
+import fcntl, os, struct, sys
+path, kind = sys.argv[1:]
+fd = os.open(path, os.O_RDWR)
+def attempt():
+    try:
+        if kind == "flock":
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            command = fcntl.F_SETLK if kind == "fcntl" else 37
+            record = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 10, 10, 0)
+            fcntl.fcntl(fd, command, record)
+    except OSError as error:
+        return type(error).__name__
+    return "locked"
+for line in sys.stdin:
+    print(attempt(), flush=True)
+"""
+
+
+@pytest.fixture
+def automap(start_mount):
+    return start_mount("automap,size=16M")
+
+
+def mappings(path):
+    with Region.open(path) as region:
+        return [(m.start, m.size, m.prot.text()) for m in region]
+
+
+def refused(code, call, *arguments):
+    with pytest.raises(OSError) as caught:
+        call(*arguments)
+    assert errno.errorcode[caught.value.errno] == code
+
+
+def lock(fd, kind):
+    if kind == "flock":
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    else:
+        command = fcntl.F_SETLK if kind == "fcntl" else F_OFD_SETLK
+        fcntl.fcntl(fd, command, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 15, 0))
+
+
+@pytest.mark.parametrize("kind", ["flock", "fcntl", "ofd"])
+def test_locks_hold_between_processes_and_end_with_their_holder(automap, kind):
+    path = automap.path / "f"
+    holder = os.open(path, os.O_RDWR | os.O_CREAT)
+    lock(holder, kind)
+    other = subprocess.Popen(
+        [sys.executable, "-c", LOCKER, str(path), kind],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def tries():
+        other.stdin.write("\n")
+        other.stdin.flush()
+        return other.stdout.readline().strip()
+
+    try:
+        assert tries() == "BlockingIOError"
+        os.close(holder)
+        assert tries() == "locked"
+    finally:
+        other.stdin.close()
+        assert other.wait(60) == 0
+        other.stdout.close()
+    again = os.open(path, os.O_RDWR)
+    lock(again, kind)  # the other one has ended
+    os.close(again)
+
+
+def test_the_table_follows_every_way_of_growing_and_shrinking(automap):
+    path = automap.path / "f"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    os.write(fd, b"x" * 100)
+    assert mappings(path) == [(0, PAGE, "rw-")]
+    os.ftruncate(fd, 5 * PAGE + 1)
+    assert mappings(path) == [(0, 6 * PAGE, "rw-")]
+    assert fallocate(fd, 0, 0, 8 * PAGE) == 0
+    assert fallocate(fd, KEEP_SIZE, 20 * PAGE, PAGE) == 0
+    assert mappings(path) == [(0, 8 * PAGE, "rw-")]
+    assert os.copy_file_range(fd, fd, PAGE, 0, 9 * PAGE) == PAGE
+    assert mappings(path) == [(0, 10 * PAGE, "rw-")]
+    os.truncate(path, 3)
+    assert mappings(path) == [(0, PAGE, "rw-")]
+    os.close(os.open(path, os.O_WRONLY | os.O_TRUNC))
+    assert mappings(path) == []
+    os.close(fd)
+
+
+def test_zero_range_leaves_zeroes_and_the_memory(automap):
+    fd = os.open(automap.path / "f", os.O_RDWR | os.O_CREAT)
+    os.write(fd, b"x" * 4 * PAGE)
+    assert fallocate(fd, ZERO_RANGE, 100, 2 * PAGE) == 0
+    assert os.pread(fd, 4 * PAGE, 0) == b"x" * 100 + bytes(2 * PAGE) + b"x" * (2 * PAGE - 100)
+    assert os.fstat(fd).st_blocks == 4 * PAGE // 512
+    assert fallocate(fd, ZERO_RANGE | KEEP_SIZE, 3 * PAGE, 4 * PAGE) == 0
+    assert os.fstat(fd).st_size == 4 * PAGE
+    assert fallocate(fd, ZERO_RANGE, 3 * PAGE, 4 * PAGE) == 0
+    assert os.fstat(fd).st_size == 7 * PAGE
+    os.close(fd)
+
+
+def test_what_is_laid_over_a_file_holds_for_every_way_in(automap):
+    path = automap.path / "f"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    os.write(fd, b"a" * 4 * PAGE)
+    with Region.open(path, writable=True) as region:
+        region.protect(PAGE, PAGE, "r--")
+        region.unmap(3 * PAGE, PAGE)
+    assert os.pwrite(fd, b"b" * 2 * PAGE, 0) == PAGE, "short, up to what is protected"
+    refused("EACCES", os.pwrite, fd, b"b", PAGE)
+    refused("ENXIO", os.pwrite, fd, b"b", 3 * PAGE)
+    refused("ENXIO", os.pread, fd, 10, 3 * PAGE)
+    refused("EACCES", os.copy_file_range, fd, fd, 10, 0, PAGE + 5)
+    assert fallocate(fd, PUNCH_HOLE | KEEP_SIZE, 0, 2 * PAGE) == "EACCES"
+    assert fallocate(fd, ZERO_RANGE, PAGE, 10) == "EACCES"
+    assert os.pread(fd, 2 * PAGE, 0) == b"b" * PAGE + b"a" * PAGE
+    assert os.pwrite(fd, b"end", 4 * PAGE) == 3
+    assert mappings(path) == [
+        (0, PAGE, "rw-"),
+        (PAGE, PAGE, "r--"),
+        (2 * PAGE, PAGE, "rw-"),
+        (4 * PAGE, PAGE, "rw-"),
+    ]
+    with Region.open(path, writable=True) as region:
+        region.map(3 * PAGE, PAGE, "rw-")
+        region.protect(0, 5 * PAGE, "rw-")
+    assert mappings(path) == [(0, 5 * PAGE, "rw-")]
+    assert os.pread(fd, 3, 3 * PAGE) == bytes(3)
+    os.close(fd)
+
+
+def test_a_right_is_given_back_though_somebody_only_reads(automap):
+    path = automap.path / "f"
+    path.write_bytes(b"x" * PAGE)
+    reader = os.open(path, os.O_RDONLY)
+    view = mmap.mmap(reader, PAGE, prot=mmap.PROT_READ)
+    with Region.open(path, writable=True) as region:
+        region.protect(0, PAGE, "r--")
+        region.protect(0, PAGE, "rw-")
+    with path.open("r+b") as writer:
+        writer.write(b"new")
+    assert view[:3] == b"new"
+    view.close()
+    os.close(reader)
+
+
+def test_memory_counts_when_it_is_touched(automap):
+    def available():
+        found = os.statvfs(automap.path)
+        return found.f_bavail * found.f_frsize
+
+    before = available()
+    fd = os.open(automap.path / "f", os.O_RDWR | os.O_CREAT)
+    os.ftruncate(fd, 64 * MIB)
+    assert available() == before
+    memory = mmap.mmap(fd, 64 * MIB)
+    memory[40 * MIB] = 1
+    assert available() == before - PAGE
+    memory.close()
+    os.close(fd)
+    os.unlink(automap.path / "f")
+
+
+def test_a_mount_without_a_limit_has_the_one_of_tmpfs(start_mount):
+    found = os.statvfs(start_mount("automap").path)
+    half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    assert abs(found.f_blocks * found.f_frsize - half) < half // 20
+
+
+def test_events_tell_of_growth(automap):
+    path = automap.path / "f"
+    events = os.open(automap.path / ".control" / "events", os.O_RDONLY | os.O_NONBLOCK)
+    path.write_bytes(b"x" * 10)
+    seen = os.read(events, MIB).decode()
+    assert '"event": "resize"' in seen.replace('":"', '": "'), seen
+    os.close(events)
+
+
+def test_other_mounts_stay_as_they_are(mount):
+    refused("EPERM", os.symlink, "x", mount.path / "s")
+    refused("EPERM", os.mkfifo, mount.path / "p")
+    fd = os.open(mount.path / "f", os.O_RDWR | os.O_CREAT)
+    refused("ENXIO", os.write, fd, b"x")
+    os.ftruncate(fd, 2 * PAGE)
+    assert mappings(mount.path / "f") == []
+    assert fallocate(fd, KEEP_SIZE, 0, PAGE) == "ENOTSUP"
+    os.close(fd)
