@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 PATIENCE = 60
+GATE = os.environ.get("MSHAREFS_TEST_GATE", "")
 
 
 @attrs.define(eq=False)
@@ -50,7 +51,11 @@ def is_mounted(path: Path) -> bool:
 
 @pytest.fixture
 def start_mount(tmp_path) -> Iterator[Callable[..., Served]]:
-    """Start servers with ``-o`` options; each must end well and leave nothing."""
+    """Start servers with ``-o`` options; each must end well and leave nothing.
+
+    With MSHAREFS_TEST_GATE in the environment every mount that does not say otherwise has that
+    ``gate=``: the same tests, another gate.
+    """
     if os.geteuid() != 0:
         pytest.skip("mounting needs root")
     if not Path("/dev/fuse").exists():
@@ -58,6 +63,8 @@ def start_mount(tmp_path) -> Iterator[Callable[..., Served]]:
     started: list[Served] = []
 
     def start(options: str = "") -> Served:
+        if GATE and "gate=" not in options:
+            options += f"{',' if options else ''}gate={GATE}"
         place = tmp_path / f"mnt{len(started)}"
         place.mkdir()
         log = tmp_path / f"log{len(started)}"

@@ -6,7 +6,8 @@ a program that touches what it was given. Without a limit nothing is reserved an
 own memory is the bound, as for memfd_create(2).
 
 With a limit or a huge-page policy the files live on a tmpfs of the mount's own, whose size is the
-limit as well: what programs touch outside of any mapping cannot exceed it either.
+limit as well: what programs touch outside of any mapping cannot exceed it either. So they do where
+a gate has to tell this mount's memory from any other: all memfds of the system are on one device.
 """
 
 from __future__ import annotations
@@ -39,19 +40,27 @@ class Store:
     reserved: int = 0
 
     @classmethod
-    def open(cls, *, limit: int | None = None, huge: str | None = None) -> Self:
+    def open(
+        cls, *, limit: int | None = None, huge: str | None = None, own_device: bool = False
+    ) -> Self:
         """``limit`` in bytes, ``huge`` one of :data:`tmpfs.HUGE_POLICIES`.
+
+        ``own_device``: on a device number of the mount's own, whatever the options.
 
         Raises OSError if the kernel cannot make such a tmpfs.
         """
-        if limit is None and huge is None:
+        if limit is None and huge is None and not own_device:
             return cls(None, -1)
-        options = {"mode": "0700"}
-        if limit is not None:
-            options["size"] = str(limit)
+        # Without a limit the machine's memory is the bound, not the half of it that a tmpfs has.
+        options = {"mode": "0700", "size": "0" if limit is None else str(limit)}
         if huge is not None:
             options["huge"] = huge
         return cls(limit, tmpfs.open_detached(options))
+
+    @property
+    def device(self) -> int | None:
+        """The st_dev of the memory, where it is this mount's alone."""
+        return os.fstat(self._directory).st_dev if self._directory >= 0 else None
 
     def new_backing(self, name: str) -> Backing:
         """An empty file. ``name`` shows in /proc/PID/fd of the daemon and is only for people."""

@@ -57,7 +57,11 @@ class AccessDenied(RegionError):
 
 
 class ModeTooNarrow(RegionError):
-    """open() whose access mode is not a superset of the protections inside."""
+    """open() or mmap() that asks for less than the protections inside."""
+
+
+class PrivateMapping(RegionError):
+    """mmap() of a region with MAP_PRIVATE: a copy is no share."""
 
 
 class DescriptorReadOnly(RegionError):

@@ -106,6 +106,15 @@ class Region:
                 f" the access mode does not cover {PROTS[lacking].text()}"
             )
 
+    def check_mmap(self, prot: Prot) -> None:
+        """The same rule for mmap(): ``prot`` is what the mapping allows. Raises ModeTooNarrow."""
+        lacking = int(self.rights) & ~int(prot)
+        if lacking and self.semantics.superset:
+            raise ModeTooNarrow(
+                f"the region holds {self.rights.text()} mappings;"
+                f" mmap() with {prot.text()} does not cover {PROTS[lacking].text()}"
+            )
+
     def opened(self, access: Prot) -> None:
         """Count a descriptor. Raises as :meth:`check_open` does."""
         self.check_open(access)

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from msharefs.abi import Feature
+from msharefs.abi import Feature, Gate
 from msharefs.clients.census import MappedRange, mapped_ranges
-from msharefs.fuse.handlers import Handlers
+from msharefs.clients.gate import GateUnavailable
+from msharefs.fuse.handlers import FORWARD, Forward, Handlers
 from msharefs.fuse.mount import MountOptions as KernelOptions
 from msharefs.fuse.mount import find_mounts, mount, mount_at, unmount
 from msharefs.fuse.session import Session
@@ -31,14 +32,18 @@ from msharefs.service.errors import errno_of
 from msharefs.service.eventlog import EventLog
 from msharefs.service.files import Files
 from msharefs.service.filesystem import Filesystem
+from msharefs.service.gates import open_gate
 from msharefs.service.handles import Handles
 from msharefs.service.ioctls import Ioctls
+from msharefs.service.mmaps import Mmaps
 from msharefs.service.nodes import Namespace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
+    from msharefs.clients.gate_lsm import LsmGate
     from msharefs.fuse.router import Router
+    from msharefs.fuse.wire import GetxattrRequest
     from msharefs.service.options import MountOptions
 
 log = logging.getLogger(__name__)
@@ -53,15 +58,27 @@ def run(mountpoint: str, options: MountOptions, *, ready: Callable[[], None]) ->
     be mounted.
     """
     _allow_many_files()
-    store = _open_store(options)
     try:
-        trio.run(_serve, mountpoint, options, store, ready)
+        gate = open_gate(options.gate, private=options.private)
+    except GateUnavailable as error:
+        raise OSError(errno.EOPNOTSUPP, f"gate={options.gate}: {error}") from error
+    try:
+        store = _open_store(options, own_device=gate is not None)
+        try:
+            trio.run(_serve, mountpoint, options, store, gate, ready)
+        finally:
+            store.close()
     finally:
-        store.close()
+        if gate is not None:
+            gate.close()
 
 
 async def _serve(
-    mountpoint: str, options: MountOptions, store: Store, ready: Callable[[], None]
+    mountpoint: str,
+    options: MountOptions,
+    store: Store,
+    gate: LsmGate | None,
+    ready: Callable[[], None],
 ) -> None:
     kernel_options = KernelOptions(read_only=options.read_only, noexec=options.noexec)
     device = mount(mountpoint, source=options.source, options=kernel_options)
@@ -81,7 +98,13 @@ async def _serve(
         handles = Handles()
         files = Files(handles, changes, namespace.leaving)
         features = FEATURES | (Feature.HUGE if options.huge not in {None, "never"} else Feature(0))
-        ioctls = Ioctls(handles, changes, features=features, region_devices=_region_devices)
+        ioctls = Ioctls(
+            handles,
+            changes,
+            features=features,
+            gate=gate.kind if gate is not None else Gate.NONE,
+            region_devices=_region_devices,
+        )
         operations = Filesystem(namespace, handles, changes, store)
         handlers = Handlers(
             ioctl=ioctls,
@@ -92,8 +115,14 @@ async def _serve(
             copy=files.copy,
             opened=files.opened,
             released=operations.close,
+            getxattr=_gated(gate, namespace, changes),
             errno_of=errno_of,
         )
+        if gate is not None:
+            # Nobody can have opened anything yet: the mount does not answer before it is served.
+            memory = store.device
+            assert memory is not None, "the memory of a gated mount is on a device of its own"
+            gate.add_mount(number, memory)
         session = Session(operations, device, handlers, mountpoint=mountpoint)
     except BaseException:
         os.close(device)
@@ -108,7 +137,9 @@ async def _serve(
 
     try:
         async with trio.open_nursery() as nursery:
-            await nursery.start(_stop_on_signal, session)
+            await nursery.start(_stop_on_signal, session, gate)
+            if gate is not None:
+                nursery.start_soon(_unwatch_at_end, session, gate)
             await session.run(announce)
             nursery.cancel_scope.cancel()
     finally:
@@ -118,27 +149,46 @@ async def _serve(
 
 
 async def _stop_on_signal(
-    session: Session, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    session: Session,
+    gate: LsmGate | None,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as received:
         task_status.started()
         async for number in received:
             log.info("%s: unmounting", signal.Signals(number).name)
             systemd.notify(STOPPING="1")
+            if gate is not None:
+                gate.remove_mount()
             session.request_stop()
+
+
+async def _unwatch_at_end(session: Session, gate: LsmGate) -> None:
+    """Somebody has unmounted it: the next mount may get its device number."""
+    await session.router.ended.wait()
+    gate.remove_mount()
 
 
 def _census_of(device: int) -> Callable[[int], list[MappedRange]]:
     return lambda ino: mapped_ranges(device, ino)
 
 
+def _gated(
+    gate: LsmGate | None, namespace: Namespace, changes: Changes
+) -> Callable[[GetxattrRequest], bytes | Awaitable[bytes] | Forward]:
+    """The handler of FUSE_GETXATTR. Without a gate the kernel is told once that there is none."""
+    if gate is None:
+        return lambda _request: FORWARD
+    return Mmaps(namespace, changes, gate.question).getxattr
+
+
 def _region_devices() -> frozenset[int]:
     return frozenset(os.makedev(*found.device) for found in find_mounts())
 
 
-def _open_store(options: MountOptions) -> Store:
+def _open_store(options: MountOptions, *, own_device: bool) -> Store:
     try:
-        return Store.open(limit=options.memory_limit, huge=options.huge)
+        return Store.open(limit=options.memory_limit, huge=options.huge, own_device=own_device)
     except OSError as error:
         hint = {
             errno.EPERM: "needs root (CAP_SYS_ADMIN)",

@@ -66,6 +66,10 @@ class NotAnIoctl(Exception):
     """The file has no such ioctl."""
 
 
+class NoSuchAttribute(Exception):
+    """The file has no extended attribute of that name."""
+
+
 class NotOpenForThat(Exception):
     """The descriptor does not belong to what the request says."""
 
@@ -85,6 +89,7 @@ ERRNO_OF: Final[dict[type[BaseException], int]] = {
     region.AccessHole: errno.ENXIO,
     region.AccessDenied: errno.EACCES,
     region.ModeTooNarrow: errno.EACCES,
+    region.PrivateMapping: errno.EINVAL,
     region.DescriptorReadOnly: errno.EACCES,
     region.RightsInUse: errno.EBUSY,
     region.NoSpace: errno.ENOSPC,
@@ -101,6 +106,7 @@ ERRNO_OF: Final[dict[type[BaseException], int]] = {
     Reserved: errno.EPERM,
     BadRename: errno.EINVAL,
     NotAnIoctl: errno.ENOTTY,
+    NoSuchAttribute: errno.ENODATA,
     NotOpenForThat: errno.EBADF,
     WouldBlock: errno.EAGAIN,
 }

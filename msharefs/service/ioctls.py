@@ -68,11 +68,13 @@ class Ioctls:
         changes: Changes,
         *,
         features: Feature,
+        gate: Gate = Gate.NONE,
         region_devices: Callable[[], frozenset[int]],
     ) -> None:
         self._handles = handles
         self._changes = changes
         self._features = features
+        self._gate = gate
         self._region_devices = region_devices
         self._handlers: dict[
             Command,
@@ -251,7 +253,7 @@ class Ioctls:
     def _info_of(self, size: int) -> IoctlReply:
         """Also of a directory, and before a region has its size: one needs the alignment then."""
         answer = InfoArgs(
-            gate=Gate.NONE, features=int(self._features), alignment=PAGE_SIZE, region_size=size
+            gate=self._gate, features=int(self._features), alignment=PAGE_SIZE, region_size=size
         )
         return IoctlReply(data=answer.pack())
 

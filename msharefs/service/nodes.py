@@ -180,6 +180,11 @@ class Namespace:
             raise IsADirectory(found.path)
         return found
 
+    def find_region(self, ino: int) -> RegionFile | None:
+        """The region of that inode number, if it is one."""
+        found = self._nodes.get(ino)
+        return found if isinstance(found, RegionFile) else None
+
     def regions(self) -> Iterator[RegionFile]:
         return (node for node in self._nodes.values() if isinstance(node, RegionFile))
 

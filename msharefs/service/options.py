@@ -57,6 +57,9 @@ _IGNORED: Final = frozenset(
 default_permissions always hold, and reading a region never sets its atime."""
 
 
+GATES: Final = ("auto", "lsm", "ptrace", "none")
+
+
 class OptionError(ValueError):
     """One readable line about an option that cannot be used."""
 
@@ -73,6 +76,7 @@ class MountOptions:
     gid: int = 0
     events: int = MOUNT_CAPACITY
     log: str | None = None
+    gate: str = "auto"
     read_only: bool = False
     noexec: bool = False
     automap: bool = False
@@ -89,6 +93,7 @@ class MountOptions:
         ("mode=MODE", "mode of the root directory in octal (default 1777)"),
         ("uid=UID, gid=GID", "owner of the root directory (default root)"),
         ("events=N", f"events held for readers that come late (default {MOUNT_CAPACITY})"),
+        ("gate=KIND", "how mmap() is supervised: auto (default), lsm, ptrace, none"),
         ("log=FILE", "append the log to FILE (default: standard error, or syslog)"),
         ("ro, noexec", "as for mount(8)"),
     )
@@ -150,6 +155,12 @@ def _private(text: str) -> bool:
     return text == "allow"
 
 
+def _gate(text: str) -> str:
+    if text not in GATES:
+        raise ValueError(f"{text!r} is none of {', '.join(GATES)}")
+    return text
+
+
 def _mode(text: str) -> int:
     try:
         mode = int(text, 8)
@@ -187,5 +198,6 @@ _VALUES: Final[dict[str, tuple[str, Callable[[str], object]]]] = {
     "gid": ("gid", _id),
     "events": ("events", _count),
     "log": ("log", _text),
+    "gate": ("gate", _gate),
 }
 _WORDS: Final = {"ro": "read_only", "noexec": "noexec", "automap": "automap"}

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
+from msharefs.clients.gate import GateUnavailable
 from msharefs.memory import tmpfs
+from msharefs.service.gates import open_lsm_gate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -176,11 +178,13 @@ def _pyfuse3() -> str:
     return f"pyfuse3 {pyfuse3.__version__}"
 
 
-def _bpf_lsm() -> str:
-    names = Path("/sys/kernel/security/lsm").read_text().strip()
-    if "bpf" not in names.split(","):
-        raise OSError(errno.EOPNOTSUPP, f"not in the list ({names})")
-    return names
+def _lsm_gate() -> str:
+    """Load, attach, and see both programs refuse a call and let one through."""
+    try:
+        open_lsm_gate(lenient=True).close()
+    except GateUnavailable as error:
+        raise OSError(errno.EOPNOTSUPP, str(error)) from error
+    return "the mmap gate's programs load, attach and refuse"
 
 
 _PROBES: Final = (
@@ -202,5 +206,10 @@ _PROBES: Final = (
     ),
     ("detached-tmpfs", False, _tmpfs, "mount options size= and huge= will not be had"),
     ("userfaultfd", False, _userfaultfd, "CONFIG_USERFAULTFD; notifications will need it"),
-    ("bpf-lsm", False, _bpf_lsm, "boot with lsm=...,bpf; the mmap gate will need it"),
+    (
+        "lsm-gate",
+        False,
+        _lsm_gate,
+        "scripts/setup --lsm; a kernel with CONFIG_BPF_LSM, booted with lsm=...,bpf",
+    ),
 )

@@ -235,6 +235,7 @@ static void watching(int fd)
 static void names(int fd, const char *root)
 {
 	static const char *const reserved[] = { "mshare_info", ".control" };
+	struct mshare_info_args info = { 0 };
 	char to[4096], byte = 'x';
 	int other;
 
@@ -248,7 +249,9 @@ static void names(int fd, const char *root)
 	is("symlink", R(symlink("r", to)), -EPERM);
 	is("fifo", R(mkfifo(to, 0600)), -EPERM);
 	is("setxattr", R(fsetxattr(fd, "user.a", "b", 1, 0)), -EOPNOTSUPP);
-	is("getxattr", R(fgetxattr(fd, "user.a", to, 1)), -EOPNOTSUPP);
+	ioctl(fd, MSHAREFS_INFO, &info);
+	is("getxattr", R(fgetxattr(fd, "user.a", to, 1)),
+	   info.gate == MSHAREFS_GATE_LSM ? -ENODATA : -EOPNOTSUPP); /* the lsm gate asks by them */
 	is("punch", R(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, PAGE)), -EOPNOTSUPP);
 	other = open(at(root, "r"), O_RDWR | O_APPEND);
 	is("append", R(write(other, &byte, 1)), -ENXIO);
