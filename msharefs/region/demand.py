@@ -36,15 +36,21 @@ class Caught(IntFlag):
     """By write-protection: loads are not slowed down."""
     ACCESSES = 2
     """The first access to a page that the process does not have in its page tables."""
+    DENIED = 4
+    """Whatever is caught there is denied, none of it let go: system calls are best left to fail
+    with EFAULT by themselves (a userfaultfd for user mode only)."""
 
 
-CAUGHT: Final = tuple(Caught(value) for value in range(4))
+CAUGHT: Final = tuple(Caught(value) for value in range(8))
 """Caught by number, as PROTS is."""
 
 READ: Final = int(Prot.READ)
 WRITE: Final = int(Prot.WRITE)
 READ_WRITE: Final = READ | WRITE
 
+_STORES: Final = int(Caught.STORES)
+_DENIED: Final = int(Caught.DENIED)
+_ALL: Final = int(Caught.ACCESSES | Caught.STORES)
 _WATCH_WRITE: Final = int(NotifyEvent.WRITE)
 _WATCH_READ: Final = int(NotifyEvent.READ)
 
@@ -68,7 +74,7 @@ def serve(prot: Prot, watched: int, *, by_fault: bool) -> tuple[int, int]:
     """
     has = int(prot)
     if not has:
-        return (READ_WRITE, int(Caught.ACCESSES | Caught.STORES)) if watched else (0, 0)
+        return (READ_WRITE, _ALL | _DENIED) if watched else (0, 0)
     caught = 0
     if watched & _WATCH_READ:
         caught |= Caught.ACCESSES
@@ -76,6 +82,8 @@ def serve(prot: Prot, watched: int, *, by_fault: bool) -> tuple[int, int]:
             caught |= Caught.STORES
     if watched & _WATCH_WRITE or (by_fault and not has & WRITE):
         caught |= Caught.STORES
+    if caught == _STORES and not has & WRITE:
+        caught |= _DENIED
     return (has | READ_WRITE, caught) if caught else (has, 0)
 
 

@@ -1,0 +1,88 @@
+"""Blocking calls in order, client by client, in as many threads as there are slow clients.
+
+For: calls that wait for a client's mmap_lock. A client that holds it (or hangs with it) keeps one
+thread busy and nobody else waiting; calls for one client are made in the order they were given.
+
+Leaves out: results. A job that wants to say something says it itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+import attrs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+MOST_THREADS: Final = 64
+"""So many clients may hang at the same moment before others have to wait for them."""
+
+
+@attrs.define(eq=False)
+class Lane:
+    """The jobs of one client. ``busy``: a thread works on them, or will."""
+
+    jobs: deque[Callable[[], None]] = attrs.field(factory=deque)
+    busy: bool = False
+
+
+class Workers:
+    """Threads, made when all that there are have something to do. They never keep a program alive."""
+
+    def __init__(self, most: int = MOST_THREADS) -> None:
+        self._most = most
+        self._lanes: queue.SimpleQueue[Lane | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._threads = 0
+        self._idle = 0
+        """Threads that wait, minus lanes that wait for a thread."""
+
+    def submit(self, lane: Lane, job: Callable[[], None]) -> None:
+        """Run ``job`` after everything given for that lane before. Never waits."""
+        with self._lock:
+            lane.jobs.append(job)
+            if lane.busy:
+                return
+            lane.busy = True
+            start = self._idle <= 0 and self._threads < self._most
+            if start:
+                self._threads += 1
+            else:
+                self._idle -= 1
+        if start:
+            threading.Thread(target=self._work, name="lane", daemon=True, args=(lane,)).start()
+        else:
+            self._lanes.put(lane)
+
+    def close(self) -> None:
+        """Let the idle threads end, and those that hang as soon as they do not any more."""
+        with self._lock:
+            threads = self._threads
+        for _ in range(threads):
+            self._lanes.put(None)
+
+    def _work(self, first: Lane) -> None:
+        lane: Lane | None = first
+        while lane is not None:
+            self._drain(lane)
+            lane = self._lanes.get()
+
+    def _drain(self, lane: Lane) -> None:
+        while True:
+            with self._lock:
+                if not lane.jobs:
+                    lane.busy = False
+                    self._idle += 1
+                    return
+                job = lane.jobs.popleft()
+            try:
+                job()
+            except Exception:
+                log.exception("a call for a client failed")

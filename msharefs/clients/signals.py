@@ -1,0 +1,99 @@
+"""Signals to threads whose access was denied or watched, as the processor would send them.
+
+Source: rt_tgsigqueueinfo(2), sigaction(2) (``si_addr``), proc_pid_status(5), proc_pid_syscall(5).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import struct
+from contextlib import suppress
+from enum import Enum
+from pathlib import Path
+from typing import Final
+
+NR_RT_TGSIGQUEUEINFO: Final = 297
+NR_TGKILL: Final = 234
+SI_QUEUE: Final = -1
+"""A code below zero: the kernel lets nobody send what looks as if it came from the kernel."""
+
+_SIGINFO: Final = struct.Struct("=iiiiQ104x")
+"""signo, errno, code, padding, the union with the address first: 128 bytes."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+class Stand(Enum):
+    """Where a thread is."""
+
+    FAULT = "fault"
+    """Waits, and not in a system call: in a page fault of its own code."""
+    CALL = "call"
+    """Waits for a page inside a system call."""
+    ELSEWHERE = "elsewhere"
+    """Runs, waits for something else, or has ended."""
+
+
+def stand_of(tid: int) -> Stand:
+    """Where the thread is this moment. One that is just going to sleep is still ELSEWHERE."""
+    try:
+        text = Path(f"/proc/{tid}/syscall").read_text()
+        if text.startswith("-1 "):
+            return Stand.FAULT
+        if text.startswith("running"):
+            return Stand.ELSEWHERE
+        waits = Path(f"/proc/{tid}/wchan").read_text()
+    except OSError:
+        return Stand.ELSEWHERE
+    return Stand.CALL if waits == "handle_userfault" else Stand.ELSEWHERE
+
+
+def takes(tid: int, number: int) -> bool:
+    """Whether the thread neither blocks nor ignores the signal. False if it has ended."""
+    bit = 1 << number - 1
+    try:
+        status = Path(f"/proc/{tid}/status").read_text(errors="replace")
+    except OSError:
+        return False
+    for line in status.splitlines():
+        key, _, value = line.partition(":\t")
+        if key in {"SigBlk", "SigIgn"} and int(value, 16) & bit:
+            return False
+    return True
+
+
+def segv(pid: int, tid: int, address: int) -> None:
+    """SIGSEGV for an access to ``address`` that did not happen, to a thread that waits in it.
+
+    A thread that blocks or ignores SIGSEGV is killed with its process, as by the kernel (though
+    by SIGKILL: nobody but the kernel can force SIGSEGV upon it). Never raises: it may have ended.
+    """
+    if not takes(tid, signal.SIGSEGV):
+        kill(pid)
+        return
+    info = _SIGINFO.pack(signal.SIGSEGV, 0, SI_QUEUE, 0, address)
+    _libc.syscall(
+        ctypes.c_long(NR_RT_TGSIGQUEUEINFO),
+        ctypes.c_int(pid),
+        ctypes.c_int(tid),
+        ctypes.c_int(signal.SIGSEGV),
+        ctypes.c_char_p(info),
+    )
+
+
+def kill(pid: int) -> None:
+    """SIGKILL. Never raises: it may have ended."""
+    if pid > 0:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def send(pid: int, tid: int, number: int) -> None:
+    """``number`` to one thread of a process. Never raises: it may have ended."""
+    if pid > 0 and tid > 0:
+        _libc.syscall(
+            ctypes.c_long(NR_TGKILL), ctypes.c_int(pid), ctypes.c_int(tid), ctypes.c_int(number)
+        )

@@ -1,0 +1,193 @@
+"""The watched ranges of a region, and what becomes of an access to one.
+
+For: which offsets are watched and how (MSHAREFS_NOTIFY), and the verdict on one access, given the
+protection there.
+
+Promises: pure. Watches never overlap; arming a range replaces what was armed in it, and forgets
+what was reported of its pages, so that each is reported anew.
+
+Leaves out: how accesses are caught (``clients/faults.py``), who decides on a held one
+(``service/notifications.py``).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from enum import Enum
+from typing import TYPE_CHECKING, Final
+
+import attrs
+
+from msharefs.abi import PAGE_SIZE, NotifyEvent, NotifyMode, OnTimeout, Prot
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_READ, _WRITE = int(NotifyEvent.READ), int(NotifyEvent.WRITE)
+_PROT_WRITE: Final = int(Prot.WRITE)
+
+
+@attrs.frozen
+class Watch:
+    """How ``[start, end)`` is watched, in bytes, page-aligned.
+
+    ``events``: WRITE watches stores. READ watches loads, and with them the first store to each
+    page: a page that can be written can be read, so the processor tells of no load after it.
+    ``signo`` has a meaning in mode SIGNAL; ``timeout_ms`` (0: for ever) and ``on_timeout`` in HOLD.
+    """
+
+    start: int
+    end: int
+    events: NotifyEvent = NotifyEvent.WRITE
+    mode: NotifyMode = NotifyMode.LOG
+    signo: int = 0
+    timeout_ms: int = 0
+    on_timeout: OnTimeout = OnTimeout.DENY
+
+    def clip(self, start: int, end: int) -> Watch:
+        """The part of it within ``[start, end)``, which must overlap it."""
+        if start <= self.start and self.end <= end:
+            return self
+        return attrs.evolve(self, start=max(start, self.start), end=min(end, self.end))
+
+    def continues(self, before: Watch) -> bool:
+        """Whether this and ``before`` are one watch seen in two halves."""
+        return before.end == self.start and attrs.evolve(before, start=0, end=0) == attrs.evolve(
+            self, start=0, end=0
+        )
+
+
+class Watches:
+    """The watches of one region, by offset."""
+
+    def __init__(self) -> None:
+        self._watches: list[Watch] = []
+        self._starts: list[int] = []
+        self._reported: dict[int, set[int]] = {_READ: set(), _WRITE: set()}
+
+    def __len__(self) -> int:
+        return len(self._watches)
+
+    def __iter__(self) -> Iterator[Watch]:
+        """Lowest offset first."""
+        return iter(self._watches)
+
+    def at(self, offset: int) -> Watch | None:
+        """The watch that covers ``offset``."""
+        index = bisect_right(self._starts, offset) - 1
+        if index < 0:
+            return None
+        watch = self._watches[index]
+        return watch if offset < watch.end else None
+
+    def within(self, start: int, end: int) -> list[Watch]:
+        """What is watched of ``[start, end)``, clipped to it, lowest first."""
+        low, high = self._span(start, end)
+        return [watch.clip(start, end) for watch in self._watches[low:high]]
+
+    def arm(self, watch: Watch) -> None:
+        """Watch a range, instead of whatever was armed in it. Its pages count as unreported."""
+        self._put(watch.start, watch.end, watch)
+
+    def disarm(self, start: int, end: int) -> list[Watch]:
+        """Watch nothing of ``[start, end)`` any more. What was watched there."""
+        gone = self.within(start, end)
+        if gone:
+            self._put(start, end, None)
+        return gone
+
+    def first(self, offset: int, access: NotifyEvent) -> bool:
+        """Whether no access of that kind to that page has been reported since it was armed.
+
+        Counts it as reported.
+        """
+        pages, page = self._reported[int(access)], offset // PAGE_SIZE
+        if page in pages:
+            return False
+        pages.add(page)
+        return True
+
+    def _span(self, start: int, end: int) -> tuple[int, int]:
+        """The watches that share a byte with the range, as indices."""
+        low = bisect_right(self._starts, start)
+        if low and self._watches[low - 1].end > start:
+            low -= 1
+        return low, bisect_left(self._starts, end)
+
+    def _put(self, start: int, end: int, new: Watch | None) -> None:
+        low, high = self._span(start, end)
+        if new is not None:  # so that a neighbour which is the same watch becomes one with it
+            low -= low > 0 and self._watches[low - 1].end == start
+            high += high < len(self._watches) and self._starts[high] == end
+        pieces: list[Watch] = []
+        for old in self._watches[low:high]:
+            if old.start < start:
+                pieces.append(old.clip(old.start, start))
+            if old.end > end:
+                pieces.append(old.clip(end, old.end))
+        if new is not None:
+            pieces.append(new)
+        merged: list[Watch] = []
+        for piece in sorted(pieces, key=lambda watch: watch.start):
+            if merged and piece.continues(merged[-1]):
+                merged[-1] = attrs.evolve(merged[-1], end=piece.end)
+            else:
+                merged.append(piece)
+        self._watches[low:high] = merged
+        self._starts[low:high] = [watch.start for watch in merged]
+        self._forget(start // PAGE_SIZE, end // PAGE_SIZE)
+
+    def _forget(self, first: int, last: int) -> None:
+        for pages in self._reported.values():
+            if last - first < len(pages):
+                pages.difference_update(range(first, last))
+            else:
+                pages.difference_update([page for page in pages if first <= page < last])
+
+
+# -- one access
+
+
+class Action(Enum):
+    """What becomes of an access."""
+
+    GO = "go"
+    DENY = "deny"
+    SIGNAL = "signal"
+    """Let go, and the chosen signal sent."""
+    HOLD = "hold"
+
+
+@attrs.frozen
+class Verdict:
+    """``once``: to be reported unless its page has been (:meth:`Watches.first`)."""
+
+    action: Action
+    report: bool = False
+    once: bool = False
+
+
+_GO: Final = Verdict(Action.GO)
+_DENIED: Final = Verdict(Action.DENY)
+_DENIED_WATCHED: Final = Verdict(Action.DENY, report=True)
+_OF_MODE: Final = {
+    int(NotifyMode.LOG): Verdict(Action.GO, report=True, once=True),
+    int(NotifyMode.SIGNAL): Verdict(Action.SIGNAL, report=True),
+    int(NotifyMode.HOLD): Verdict(Action.HOLD, report=True),
+}
+
+
+def judge(prot: Prot, watch: Watch | None, access: NotifyEvent) -> Verdict:
+    """The verdict on a load (READ) or store (WRITE) where the protection is ``prot``.
+
+    A hole is Prot.NONE. Protection comes first: what it forbids is denied whatever the mode, and
+    reported each time if accesses of that kind are watched. Loads are allowed by any protection but
+    NONE, as on the processor.
+    """
+    rights, store = int(prot), access == _WRITE
+    watched = watch is not None and bool(int(watch.events) & (int(access) | (store and _READ)))
+    if not (rights & _PROT_WRITE if store else rights):
+        return _DENIED_WATCHED if watched else _DENIED
+    if watch is None or not watched:
+        return _GO
+    return _OF_MODE[int(watch.mode)]
