@@ -301,6 +301,8 @@ async def test_exec_ends_a_client(start_toucher):
         client = await served(faults, toucher, STORES)
         assert await faults.alive(client)
         toucher.tell("x")
+        comm = Path(f"/proc/{toucher.pid}/comm")
+        await eventually(lambda: comm.read_text() == "cat\n")
         assert await toucher.do("hello") == "hello"
         assert not await faults.alive(client)
         assert await faults.bring(client, client.spans) is Outcome.GONE
