@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,25 @@ class Served:
     def descriptors(self) -> int:
         """How many descriptors the server holds."""
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+    def until(self, reached: Callable[[], bool], what: str) -> None:
+        """Wait for what a request of ours is not answered by; each look is a request itself.
+
+        FORGET, for one, comes when the kernel lets go of an inode, and later requests after it.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while not reached():
+            assert time.monotonic() < deadline, f"{what}: not within {PATIENCE} s"
+            os.listdir(self.path)
+
+    def until_descriptors(self, number: int) -> None:
+        """Until the server holds ``number`` descriptors or fewer."""
+        self.until(lambda: self.descriptors() <= number, f"no more than {number} descriptors")
+
+    def memory(self) -> int:
+        """Bytes of memory that the server has to itself (RssAnon of proc_pid_status(5))."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition("RssAnon:")[2].split()[0]) * 1024
 
     def stats(self, region: str) -> dict[str, int]:
         text = (self.path / ".control" / region / "stats").read_text()

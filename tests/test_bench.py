@@ -130,7 +130,9 @@ def wait_until_listed(table, text, process):
     poll.register(ended, select.POLLIN)
     try:
         while text not in table.read():
-            assert all(fd != ended for fd, _ in poll.poll()), process.communicate()
+            changed = poll.poll(60_000)
+            assert changed, "nothing was mounted within a minute"
+            assert all(fd != ended for fd, _ in changed), process.communicate()
             table.seek(0)
     finally:
         os.close(ended)

@@ -21,7 +21,7 @@ from msharefs.memory.backing import (
     FALLOC_FL_PUNCH_HOLE,
     FALLOC_FL_ZERO_RANGE,
 )
-from msharefs.region.errors import AccessHole, BadArgument, Unsupported
+from msharefs.region.errors import AccessHole, BadArgument, RegionError, Unsupported
 from msharefs.region.events import Event, EventKind
 from msharefs.service.errors import IsADirectory, WouldBlock
 from msharefs.service.handles import EventsHandle, RegionHandle, TextHandle
@@ -194,15 +194,19 @@ class Files:
 
     def _read_region(self, handle: RegionHandle, offset: int, size: int) -> bytes:
         file = handle.file
-        data = file.backing.read(offset, file.region.readable(offset, size))
         state = self._changes.state(file)
-        state.count("read")
+        state.count("read")  # refused ones too: each has come this far
+        data = file.backing.read(offset, file.region.readable(offset, size))
         state.count("read_bytes", len(data))
         return data
 
     def _write_region(self, handle: RegionHandle, request: WriteRequest) -> int | Awaitable[int]:
         file, offset = handle.file, request.offset
-        allowed = file.region.writable(offset, len(request.data))
+        try:
+            allowed = file.region.writable(offset, len(request.data))
+        except RegionError:
+            self._changes.state(file).count("write")  # else its event is counted
+            raise
         if offset + allowed > file.region.size:
             return self._write_past_end(handle, request)
         written = file.backing.write(offset, memoryview(request.data)[:allowed])

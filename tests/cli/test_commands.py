@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,10 +96,13 @@ def test_watch_follows_events(mshare, mount):
         text=True,
     )
     try:
+        deadline = time.monotonic() + 60
         # It has begun to watch once it has read what was there: its descriptor is open then.
         while not _has_open(watcher.pid, f"{mount.path}/.control/events"):
             assert watcher.poll() is None
+            assert time.monotonic() < deadline
         while watcher.poll() is None:
+            assert time.monotonic() < deadline
             with (mount.path / "other").open("wb"):
                 pass
             try:
