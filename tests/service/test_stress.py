@@ -13,6 +13,7 @@ import random
 import resource
 import subprocess
 import sys
+from itertools import pairwise
 
 from msharefs.abi import MapFlag, Prot
 from msharefs.client import Region, parse_maps
@@ -25,7 +26,7 @@ CHANGES = 1000 if FULL else 200
 EVENTS = 1000 if FULL else 200
 """More than any one region has."""
 GROWTH = 3 << 20
-"""Bytes that the server may be larger the second time. A leak of one small object a call is more
+"""Bytes that the server may be larger each time. A leak of one small object a call is more
 than that in a full run; below it is what the allocator does with so many sizes."""
 PAGE = 4096
 PAGES = 64
@@ -77,7 +78,7 @@ def replay(events):
 
 
 def test_many_of_everything_at_once(start_mount):
-    """Twice on one mount: the second time must leave the server no larger than the first."""
+    """Again and again on one mount, which must leave the server no larger each time."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, REGIONS + 1000)), hard))
     # Each region's ring, a sixteenth of the mount's, holds all of its events; the mount's own is
@@ -87,11 +88,16 @@ def test_many_of_everything_at_once(start_mount):
         region.map(0, PAGE, "rw-")
     before = mount.descriptors()
     sizes = []
-    for turn in range(2):
+    for turn in range(3):
         everything_at_once(mount, turn)
         mount.until_descriptors(before)
         sizes.append(mount.memory())
-    assert sizes[1] - sizes[0] < GROWTH, sizes
+    assert least_growth(sizes) < GROWTH, sizes
+
+
+def least_growth(sizes):
+    """A leak shows each time, while what an allocator happens to do does not."""
+    return min(after - before for before, after in pairwise(sizes))
 
 
 def everything_at_once(mount, turn):
@@ -169,9 +175,9 @@ def test_the_server_keeps_nothing_of_what_is_over(start_mount):
     mount.until(lambda: len(os.listdir(mount.path)) == 2, "the first region is gone")
     before = mount.descriptors()
     sizes = []
-    for _ in range(3):
-        for number in range(50):
+    for _ in range(5):
+        for number in range(30):
             round_of_calls(number)
         mount.until_descriptors(before)
         sizes.append(mount.memory())
-    assert sizes[2] - sizes[1] < 64 * 1024, f"{sizes}: 5,000 calls came in between"
+    assert least_growth(sizes) < 16 * 1024, f"{sizes}: 3,000 calls came in between"
