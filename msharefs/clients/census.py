@@ -37,10 +37,13 @@ __all__ = ["Census", "Found", "MappedRange", "mapped_ranges", "process_ids"]
 
 _PROC: Final = Path("/proc")
 
-SETTLED: Final = 1.0
+SETTLED: Final = 3.0
 """Seconds after which a number given out belongs to a process that is to be seen, if to any.
 
 A number is given out a little before the process can be seen under it."""
+
+LAP: Final = 1 << 22
+"""No number is larger: proc_sys_kernel(5), pid_max."""
 
 FORKS_A_SECOND: Final = 1_000_000
 """More than any machine makes: what bounds how soon the numbers can have come round."""
@@ -65,18 +68,21 @@ class Census:
         self._device = device
         self._us = os.getpid()
         self._proc = os.open(_PROC, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._loadavg = os.open(_PROC / "loadavg", READ_FLAGS)
+        self._can_seek = self._list_from(self._us)[:1] == [self._us]
         self._lock = threading.Lock()
-        self._limit = int((_PROC / "sys/kernel/pid_max").read_text())
-        # Numbers up to _floor (in the order in which they are given out) are done with; _seen are
-        # those looked at since; _mark is the next floor, once it has settled.
-        self._floor = self._mark = -1
-        self._mark_time = 0.0
-        self._looked = 0.0
-        self._forks = 0
+        # Numbers come round; here they go on, a lap being LAP. Up to _floor all are done with,
+        # _seen are those looked at since, _mark is the next floor, once it has settled.
+        self._lap = 0
+        self._floor = self._mark = self._last = 0
         self._seen: set[int] = set()
+        self._looked = self._marked = -1.0
+        self._limit = self._forks = 0
 
     def close(self) -> None:
+        """Not while it is being asked."""
         os.close(self._proc)
+        os.close(self._loadavg)
 
     def full(self, *, private: bool = False) -> list[Found]:
         """Everyone who maps something. ``private``: also those with MAP_PRIVATE mappings alone."""
@@ -86,22 +92,27 @@ class Census:
     def fresh(self, *, private: bool = False) -> list[Found]:
         """Those among the processes that are new since the last look of either kind."""
         with self._lock:
-            now, last = time.monotonic(), self._last_pid()
-            if self._floor < 0 or self._came_round(now):
+            now = time.monotonic()
+            if self._looked < 0 or self._came_round(now):
                 return self._full(private=private)
+            last = self._given_out()
             new = self._new_processes(last)
-            self._move_on(now, last, new)
+            self._looked = now
+            if now - self._marked >= SETTLED:
+                self._floor, self._mark, self._marked = self._mark, last, now
+                self._seen = {number for number in self._seen if number > self._floor}
             return self._look_at(new, private=private)
 
     # -- looking
 
     def _full(self, *, private: bool) -> list[Found]:
-        now = time.monotonic()
-        self._floor = self._mark = self._last_pid()
-        self._mark_time = self._looked = now
+        self._looked = self._marked = time.monotonic()
+        self._limit = int((_PROC / "sys/kernel/pid_max").read_text())
         self._forks = _forks()
+        self._mark = last = self._given_out()
+        self._floor = last - LAP  # whoever is not to be seen yet is new when he is
         ids = list(process_ids())
-        self._seen = set(ids)
+        self._seen = {self._number(pid, last) for pid in ids}
         return self._look_at(ids, private=private)
 
     def _look_at(self, ids: Iterable[int], *, private: bool) -> list[Found]:
@@ -141,9 +152,18 @@ class Census:
 
     # -- which are new
 
-    def _last_pid(self) -> int:
+    def _given_out(self) -> int:
         """The number given out last, in our pid namespace."""
-        return int((_PROC / "loadavg").read_bytes().rsplit(None, 1)[1])
+        pid = int(os.pread(self._loadavg, 128, 0).rsplit(None, 1)[1])
+        if pid < self._last % LAP:
+            self._lap += LAP
+        self._last = self._lap + pid
+        return self._last
+
+    def _number(self, pid: int, last: int) -> int:
+        """That of the process, if it was given out in the lap that ends with ``last``."""
+        number = self._lap + pid
+        return number if number <= last else number - LAP
 
     def _came_round(self, now: float) -> bool:
         """Whether all numbers may have been given out since the last look."""
@@ -155,25 +175,29 @@ class Census:
 
     def _new_processes(self, last: int) -> list[int]:
         floor, seen = self._floor, self._seen
-        if last >= floor:
-            ids = [pid for pid in self._from(floor + 1) if pid <= last]
-        else:
-            ids = [*self._from(floor + 1), *(pid for pid in process_ids() if pid <= last)]
-        return [pid for pid in ids if pid not in seen]
+        new: list[int] = []
+        for pid in self._processes_from(floor - self._lap + 1 if floor >= self._lap else 1):
+            number = self._number(pid, last)
+            if number > floor and number not in seen:
+                seen.add(number)
+                new.append(pid)
+        return new
 
-    def _from(self, first: int) -> Iterator[int]:
-        return (pid for pid in process_ids() if pid >= first)
+    def _processes_from(self, first: int) -> list[int]:
+        """The processes from the number ``first`` on."""
+        if self._can_seek:
+            return self._list_from(first)
+        return [pid for pid in process_ids() if pid >= first]
 
-    def _move_on(self, now: float, last: int, new: list[int]) -> None:
-        self._looked = now
-        self._seen.update(new)
-        if now - self._mark_time >= SETTLED:
-            floor = self._floor = self._mark
-            if last >= floor:
-                self._seen = {pid for pid in self._seen if floor < pid <= last}
-            else:
-                self._seen = {pid for pid in self._seen if pid > floor or pid <= last}
-            self._mark, self._mark_time = last, now
+    def _list_from(self, first: int) -> list[int]:
+        """The same by seeking, which passes over threads and older processes in the kernel.
+
+        Where in the directory a process stands is the kernel's own affair, so it is tried out
+        before it is relied upon: Linux adds 258 to the number (fs/proc/base.c).
+        """
+        os.lseek(self._proc, first + 258, os.SEEK_SET)
+        with os.scandir(self._proc) as entries:
+            return [int(entry.name) for entry in entries if entry.name.isdecimal()]
 
 
 def process_ids() -> Iterator[int]:

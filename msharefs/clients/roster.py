@@ -19,14 +19,16 @@ from typing import TYPE_CHECKING, Protocol
 import attrs
 import trio
 
+from msharefs.clients.census import Census
 from msharefs.clients.gone import Gone
 from msharefs.clients.space import AddressSpace
 from msharefs.region.mapping import PROTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Container, Iterable, Iterator
 
     from msharefs.abi import Prot
+    from msharefs.clients.census import Found
     from msharefs.clients.procmap import MappedRange
 
 
@@ -100,8 +102,8 @@ class Client:
     space: AddressSpace
     comm: str
     regions: dict[int, Attachment] = attrs.field(factory=dict)
-    sharers: set[int] = attrs.field(factory=set)
-    """Other processes that have this same address space."""
+    sharers: list[int] = attrs.field(factory=list)
+    """Other processes that were seen to have this same address space."""
     userfault: Closable | None = None
 
     @property
@@ -123,10 +125,17 @@ class Client:
 class Roster:
     """The clients of one mount. Regions are known by their inode."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: int, *, is_region: Callable[[int], bool] | None = None) -> None:
+        """``device``: the mount's st_dev. ``is_region``: whether a file of it counts (default all)."""
+        self._device = device
+        self._is_region = is_region
+        self._census = Census(device)
+        self._surveying = trio.Lock()
         self._by_pid: dict[int, Client] = {}
         self._by_region: dict[int, dict[Client, None]] = {}
-        self._ended = select.epoll()
+        # Sorted as kcmp(2) sorts address spaces, so that finding one costs few comparisons.
+        self._ordered: list[Client] = []
+        self._ends = select.epoll()
         self._by_pidfd: dict[int, Client] = {}
         self.added = 0
         self.forgotten = 0
@@ -146,7 +155,49 @@ class Roster:
         """The clients that map the region, longest known first."""
         return list(self._by_region.get(inode, ()))
 
-    # -- coming and going
+    # -- coming
+
+    async def survey(self, *, full: bool = False, private: bool = False) -> list[Client]:
+        """Take a census and put everyone it finds on the roster; who was not on it before.
+
+        Once it returns, whoever mapped a region when it was called is on the roster, even if
+        another task's survey found them. ``full`` also lets go of regions that a client has
+        unmapped. ``private`` as for :class:`~msharefs.clients.census.Census`.
+        """
+        async with self._surveying:
+            before = list(self) if full else []
+            found, left = await trio.to_thread.run_sync(self._look, full, private, before)
+            for client, files in left:
+                for inode in [i for i in client.regions if i not in files]:
+                    self.detach(client, inode)
+            new: list[Client] = []
+            for one in found:
+                regions = [i for i in one.files if self._is_region is None or self._is_region(i)]
+                if regions:
+                    known = self.added
+                    try:
+                        client = self.add(one.pid, regions)
+                    except (Gone, PermissionError):
+                        continue
+                    if self.added != known:
+                        new.append(client)
+            return new
+
+    def _look(
+        self, full: bool, private: bool, before: list[Client]
+    ) -> tuple[list[Found], list[tuple[Client, Container[int]]]]:
+        """In a thread: the census, and what those map now whom it did not find mapping the same."""
+        found = (self._census.full if full else self._census.fresh)(private=private)
+        maps = {one.pid: one.files for one in found}
+        left: list[tuple[Client, Container[int]]] = []
+        for client in before:
+            if client.regions.keys() <= maps.get(client.pid, {}).keys():
+                continue
+            try:
+                left.append((client, client.space.files(self._device, private=True)))
+            except Gone:
+                left.append((client, ()))
+        return found, left
 
     def add(self, pid: int, inodes: Iterable[int]) -> Client:
         """The client that process ``pid`` is, new or known, which maps these regions (too).
@@ -154,12 +205,8 @@ class Roster:
         Raises Gone, or PermissionError if the process may not be looked at.
         """
         client = self._by_pid.get(pid)
-        if client is not None:
-            try:
-                client.space.check()
-            except Gone:  # it has become another program under the same number
-                self.forget(client)
-                client = None
+        if client is not None and not self._still_has(pid, client):
+            client = None
         if client is None:
             client = self._admit(AddressSpace(pid))
         for inode in inodes:
@@ -168,84 +215,164 @@ class Roster:
             self._by_region.setdefault(inode, {})[client] = None
         return client
 
+    def _still_has(self, pid: int, client: Client) -> bool:
+        """Whether process ``pid`` still has the address space that it is known by."""
+        if pid == client.pid:
+            try:
+                client.space.check()
+            except Gone:  # it runs another program now
+                self.forget(client)
+                return False
+            return True
+        # One of several processes that had it: only asking anew tells.
+        client.sharers.remove(pid)
+        del self._by_pid[pid]
+        return False
+
+    def _admit(self, space: AddressSpace) -> Client:
+        try:
+            place, same = self._find(space)
+            if same is not None:
+                if space.pid != same.pid:
+                    same.sharers.append(space.pid)
+                    self._by_pid[space.pid] = same
+                space.close()
+                return same
+            client = Client(space, _comm(space.pid))
+            self._take_in(client, place)
+        except BaseException:
+            space.close()
+            raise
+        self.added += 1
+        return client
+
+    def _find(self, space: AddressSpace) -> tuple[int, Client | None]:
+        """Who has this address space already; else the place in the order that is its own."""
+        low, high = 0, len(self._ordered)
+        while low < high:
+            middle = (low + high) // 2
+            client = self._ordered[middle]
+            try:
+                client.space.check()
+                order = space.order(client.space)
+            except Gone:
+                space.check()
+                # It is the other who has ended. Whoever watches for that is still to be told.
+                del self._ordered[middle]
+                high -= 1
+                continue
+            except OSError:  # no kcmp(2): then each process counts as one of its own
+                return low, None
+            if order == 0:
+                return middle, client
+            if order < 0:
+                high = middle
+            else:
+                low = middle + 1
+        return low, None
+
+    # -- going
+
     def detach(self, client: Client, inode: int) -> None:
         """The client maps this region no more; forgotten if it was its last."""
         client.regions.pop(inode, None)
-        clients = self._by_region.get(inode)
-        if clients is not None:
-            clients.pop(client, None)
-            if not clients:
-                del self._by_region[inode]
+        self._strike(client, inode)
         if not client.regions:
             self.forget(client)
 
     def forget(self, client: Client) -> None:
         """Let go of a client and close what was held for it. Nothing if that was done already."""
-        if self._by_pidfd.pop(client.space.fileno(), None) is None:
+        if self._by_pidfd.get(client.space.fileno()) is not client:
             return
         self.forgotten += 1
-        self._ended.unregister(client.space.fileno())
-        for pid in (client.pid, *client.sharers):
-            if self._by_pid.get(pid) is client:
-                del self._by_pid[pid]
-        for inode in list(client.regions):
-            clients = self._by_region[inode]
-            clients.pop(client, None)
-            if not clients:
-                del self._by_region[inode]
+        self._drop_space(client)
+        for inode in client.regions:
+            self._strike(client, inode)
         client.close()
 
     def close(self) -> None:
         """Forget everyone."""
         for client in self:
             self.forget(client)
-        self._ended.close()
+        self._ends.close()
+        self._census.close()
 
-    def _admit(self, space: AddressSpace) -> Client:
-        try:
-            same = self._with_memory_of(space)
-            if same is not None:
-                same.sharers.add(space.pid)
-                self._by_pid[space.pid] = same
-                space.close()
-                return same
-            client = Client(space, _comm(space.pid))
-            self._ended.register(space.fileno(), select.EPOLLIN)
-        except BaseException:
-            space.close()
-            raise
-        self._by_pidfd[space.fileno()] = self._by_pid[space.pid] = client
-        self.added += 1
-        return client
+    def _strike(self, client: Client, inode: int) -> None:
+        clients = self._by_region.get(inode)
+        if clients is not None:
+            clients.pop(client, None)
+            if not clients:
+                del self._by_region[inode]
 
-    def _with_memory_of(self, space: AddressSpace) -> Client | None:
-        for client in self._by_pidfd.values():
-            try:
-                if space.same_as(client.space):
-                    return client
-            except (Gone, OSError):
-                continue
-        return None
-
-    # -- ends
-
-    def reap(self) -> list[Client]:
-        """The clients that have ended since the last time, not yet forgotten. Does not wait."""
-        return [
-            client
-            for fd, _ in self._ended.poll(0)
-            if (client := self._by_pidfd.get(fd)) is not None
-        ]
+    def _drop_space(self, client: Client) -> None:
+        del self._by_pidfd[client.space.fileno()]
+        self._ends.unregister(client.space.fileno())
+        if client in self._ordered:
+            self._ordered.remove(client)
+        for pid in (client.pid, *client.sharers):
+            if self._by_pid.get(pid) is client:
+                del self._by_pid[pid]
 
     async def watch(self, on_end: Callable[[Client], None]) -> None:
-        """For ever: as a client ends, tell ``on_end`` and forget it."""
+        """For ever: as a client ends, tell ``on_end`` and forget it.
+
+        Not told of one whose process has ended while another process goes on in the same address
+        space: the client is that one from then on.
+        """
         while True:
-            await trio.lowlevel.wait_readable(self._ended.fileno())
-            for client in self.reap():
+            await trio.lowlevel.wait_readable(self._ends.fileno())
+            for client in self._ended():
+                if self._pass_on(client):
+                    continue
                 try:
                     on_end(client)
                 finally:
                     self.forget(client)
+
+    def _ended(self) -> list[Client]:
+        return [client for fd, _ in self._ends.poll(0) if (client := self._by_pidfd.get(fd))]
+
+    def _pass_on(self, client: Client) -> bool:
+        """Hand the client of an ended process to another that has the same address space."""
+        if not client.sharers:
+            return False
+        try:
+            client.space.check()
+        except Gone:
+            return False
+        if client in self._ordered:  # nothing can be compared with it any more
+            self._ordered.remove(client)
+        for pid in list(client.sharers):
+            try:
+                space = AddressSpace(pid)
+            except (Gone, PermissionError):
+                continue
+            # With the first process gone there is nobody to compare it with, but who has run
+            # another program since then maps nothing of ours.
+            try:
+                files = space.files(self._device, private=True)
+                place, same = (
+                    self._find(space) if client.regions.keys() <= files.keys() else (0, client)
+                )
+            except Gone:
+                same = client
+            if same is not None:
+                space.close()
+                continue
+            self._drop_space(client)
+            client.space.close()
+            client.space = space
+            client.sharers.remove(pid)
+            self._take_in(client, place)
+            return True
+        return False
+
+    def _take_in(self, client: Client, place: int) -> None:
+        self._ends.register(client.space.fileno(), select.EPOLLIN)
+        self._ordered.insert(place, client)
+        self._by_pidfd[client.space.fileno()] = client
+        for pid in (client.pid, *client.sharers):
+            self._by_pid[pid] = client
 
 
 def _comm(pid: int) -> str:

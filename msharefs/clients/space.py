@@ -8,7 +8,7 @@ raises Gone although the process lives on, and a number that is given to another
 mistaken. Costs two descriptors. May be looked at by several threads at once, and closed meanwhile.
 
 Leaves out: which region is meant, and what should be mapped. Source: proc_pid_maps(5),
-proc_pid_smaps(5), pidfd_open(2), kcmp(2).
+proc_pid_map_files(5), pidfd_open(2), kcmp(2).
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import re
 import select
+import stat
 import threading
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import attrs
+
+from msharefs.abi import Prot
 from msharefs.clients.gone import Gone
 from msharefs.clients.procmap import (
     READ_FLAGS,
     all_mappings,
     check_alive,
-    read_text,
+    has_query,
     shared_mappings,
 )
 from msharefs.region.mapping import PROTS
@@ -36,19 +38,29 @@ from msharefs.region.mapping import PROTS
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from msharefs.abi import Prot
     from msharefs.clients.procmap import MappedRange
 
 SYS_KCMP: Final = 312
 """x86-64, as all that is done to clients."""
 KCMP_VM: Final = 1
 
-_SMAPS_HEAD: Final = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) ", re.MULTILINE)
-_SMAPS_FLAGS: Final = re.compile(rb"^VmFlags:(.*)$", re.MULTILINE)
-_MAY: Final = ((b" mr ", 1), (b" mw ", 2), (b" me ", 4))
+FEW: Final = 16
+"""Mappings, up to which it is no use to look at some of them alone."""
+
+READ_EXEC: Final = int(Prot.READ | Prot.EXEC)
+WRITE: Final = int(Prot.WRITE)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
+
+
+@attrs.frozen
+class _Run:
+    """Neighbouring mappings ``[start, end)`` that show offset o of one file at o + shift."""
+
+    start: int
+    end: int
+    shift: int
 
 
 class AddressSpace:
@@ -68,6 +80,7 @@ class AddressSpace:
         except BaseException:
             os.close(self._pidfd)
             raise
+        self._layouts: dict[tuple[int, int], tuple[_Run, ...]] = {}
         self._lock = threading.Lock()
         self._users = 1
         self._closed = False
@@ -88,63 +101,100 @@ class AddressSpace:
         self,
         device: int,
         inode: int,
+        part: tuple[int, int] | None = None,
         *,
-        within: tuple[int, int] | None = None,
         private: bool = False,
     ) -> list[MappedRange]:
         """The mappings of the file ``(st_dev, st_ino)``, lowest offset first. Raises Gone.
 
-        ``within`` is a part of the address space, ``(start, end)``. ``private``: MAP_PRIVATE ones
-        as well, at the cost of reading the text.
+        ``part``: only those that show some of these bytes of the file, ``(start, end)``. Where a
+        process has very many mappings, most of the others are not looked at then; they are taken
+        to be what they were if both ends of what they made up together are still in place (a
+        process that puts one piece of a region into the middle of another is found out by the
+        next look at all). ``private``: MAP_PRIVATE ones as well, at the cost of reading the text.
         """
-        found = [m for m in self._look(device, within, private=private) if m.inode == inode]
+        if part is not None and not private:
+            found = self._windows_of_part(device, inode, part)
+            if found is not None:
+                return found
+        found = [m for m in self._look(device, private=private) if m.inode == inode]
         found.sort(key=_offset)
+        self._layouts[device, inode] = _runs(found) if len(found) > FEW else ()
+        if part is not None:
+            found = _showing(found, part)
         return found
 
     def files(self, device: int, *, private: bool = False) -> dict[int, list[MappedRange]]:
         """The mappings of all files on ``device`` by inode, lowest address first. Raises Gone."""
-        return by_inode(self._look(device, None, private=private))
-
-    def _look(
-        self, device: int, within: tuple[int, int] | None, *, private: bool
-    ) -> list[MappedRange]:
-        with self._open() as maps:
-            if not private:
-                return shared_mappings(maps, self.pid, device, *(within or (0, 1 << 64)))
-            found = all_mappings(maps, self.pid, device)
-        if within is not None:
-            found = [m for m in found if m.end > within[0] and m.start < within[1]]
-        return found
+        return by_inode(self._look(device, private=private))
 
     def may(self, window: MappedRange) -> Prot:
-        """What mprotect() could at most give ``window``: VM_MAYREAD and so on.
+        """What mprotect() could at most give ``window``, by the mode its descriptor had.
 
-        Reads /proc/PID/smaps, for which the kernel walks the page tables: milliseconds for a
-        process with much memory. Raises Gone, also if the mapping is no longer there.
+        Executing counts as reading, as in mmap(2); a mount with noexec gives neither. Raises Gone
+        also if the mapping is no longer just as ``window`` says.
         """
+        path = f"/proc/{self.tid}/map_files/{window.start:x}-{window.end:x}"
         self.check()
-        path = f"/proc/{self.pid}/task/{self.tid}/smaps"
         try:
-            descriptor = os.open(path, READ_FLAGS)
+            mode = os.lstat(path).st_mode
         except (FileNotFoundError, ProcessLookupError):
-            raise Gone(f"process {self.pid}") from None
+            raise Gone(f"the mapping at {window.start:#x} of process {self.pid}") from None
+        self.check()  # after an exec meanwhile it was another's
+        readable, writable = bool(mode & stat.S_IRUSR), bool(mode & stat.S_IWUSR)
+        return PROTS[(readable and READ_EXEC) | (writable and WRITE)]
+
+    def _look(self, device: int, *, private: bool) -> list[MappedRange]:
+        maps = self._enter()
         try:
-            text = read_text(descriptor)
+            if private:
+                return all_mappings(maps, self.pid, device)
+            return shared_mappings(maps, self.pid, device)
         finally:
-            os.close(descriptor)
-        self.check()  # an exec meanwhile shows another's
-        for head in _SMAPS_HEAD.finditer(text):
-            if int(head[1], 16) <= window.start < int(head[2], 16):
-                flags = _SMAPS_FLAGS.search(text, head.end())
-                return PROTS[sum(bit for name, bit in _MAY if flags and name in flags[1] + b" ")]
-        raise Gone(f"the mapping at {window.start:#x} of process {self.pid}")
+            self._let_go()
+
+    def _windows_of_part(
+        self, device: int, inode: int, part: tuple[int, int]
+    ) -> list[MappedRange] | None:
+        """None if that cannot be told without looking at everything."""
+        runs = self._layouts.get((device, inode))
+        if not runs or not has_query():
+            return None
+        skips = []
+        for run in runs:
+            low, high = max(run.start, part[0] + run.shift), min(run.end, part[1] + run.shift)
+            if low >= high:
+                skips.append(run)
+            else:
+                skips += [_Run(run.start, low, run.shift), _Run(high, run.end, run.shift)]
+        maps = self._enter()
+        try:
+            found = []
+            at = 0
+            for skip in [s for s in skips if s.start < s.end]:
+                found += shared_mappings(maps, self.pid, device, at, skip.start)
+                ends = shared_mappings(maps, self.pid, device, skip.start, skip.start + 1)
+                ends += shared_mappings(maps, self.pid, device, skip.end - 1, skip.end)
+                if len(ends) != 2 or any(
+                    m.inode != inode or m.start - m.offset != skip.shift for m in ends
+                ):
+                    return None
+                at = skip.end
+            found += shared_mappings(maps, self.pid, device, at)
+        finally:
+            self._let_go()
+        unique = {m.start: m for m in found if m.inode == inode}  # one may reach into both sides
+        return _showing(sorted(unique.values(), key=_offset), part)
 
     # -- identity
 
     def check(self) -> None:
         """Raises Gone if the address space has ended: by exec() or the end of the process."""
-        with self._open() as maps:
+        maps = self._enter()
+        try:
             check_alive(maps, self.pid)
+        finally:
+            self._let_go()
 
     def process_ended(self) -> bool:
         """Whether the process has ended, all its threads."""
@@ -189,16 +239,13 @@ class AddressSpace:
         os.close(self._pidfd)
         self._let_go()
 
-    @contextmanager
-    def _open(self) -> Iterator[int]:
+    def _enter(self) -> int:
+        """The open maps, until _let_go()."""
         with self._lock:
             if self._closed:
                 raise Gone(f"process {self.pid}")
             self._users += 1
-        try:
-            yield self._maps
-        finally:
-            self._let_go()
+        return self._maps
 
     def _let_go(self) -> None:
         with self._lock:
@@ -206,6 +253,22 @@ class AddressSpace:
             last = not self._users
         if last:
             os.close(self._maps)
+
+
+def _runs(windows: list[MappedRange]) -> tuple[_Run, ...]:
+    runs: list[_Run] = []
+    for window in sorted(windows, key=_start):
+        shift = window.start - window.offset
+        if runs and runs[-1].end == window.start and runs[-1].shift == shift:
+            runs[-1] = _Run(runs[-1].start, window.end, shift)
+        else:
+            runs.append(_Run(window.start, window.end, shift))
+    return tuple(runs)
+
+
+def _showing(windows: list[MappedRange], part: tuple[int, int]) -> list[MappedRange]:
+    start, end = part
+    return [w for w in windows if w.offset < end and start < w.offset + w.end - w.start]
 
 
 def by_inode(found: list[MappedRange]) -> dict[int, list[MappedRange]]:
@@ -238,6 +301,10 @@ def _threads(pid: int) -> Iterator[int]:
         yield from (int(t.name) for t in Path(f"/proc/{pid}/task").iterdir() if t.name != str(pid))
     except (FileNotFoundError, ProcessLookupError):
         return
+
+
+def _start(window: MappedRange) -> int:
+    return window.start
 
 
 def _offset(window: MappedRange) -> tuple[int, int]:

@@ -1,18 +1,21 @@
-"""Programs that touch memory as they are told, and their userfaultfds."""
+"""Programs that touch, map and fork as they are told; all of them are gone after each test."""
 
 from __future__ import annotations
 
 import errno
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import attrs
 import pytest
 import trio
 
+from msharefs.clients import procmap
 from msharefs.clients.identity import duplicate_descriptor
 from msharefs.clients.userfault import Userfault
+from tests.clients.puppet import Puppet
 
 HERE = Path(__file__).parent
 PATIENCE = 30
@@ -96,3 +99,37 @@ def start_toucher(toucher_program):
         process.wait()
         process.stdin.close()
         process.stdout.close()
+
+
+@pytest.fixture
+def puppets():
+    """Start processes with these descriptors; afterwards they and their children have ended."""
+    started: list[Puppet] = []
+
+    def start(*descriptors: int) -> Puppet:
+        started.append(Puppet.start(*descriptors))
+        return started[-1]
+
+    yield start
+    for puppet in started:
+        puppet.close()
+
+
+@pytest.fixture
+def shm():
+    """A file of 64 pages on tmpfs, as good as a region for /proc: ``(descriptor, device, inode)``."""
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        os.ftruncate(file.fileno(), 64 * 4096)
+        status = os.fstat(file.fileno())
+        yield file.fileno(), status.st_dev, status.st_ino
+
+
+@pytest.fixture(params=["query", "text"])
+def way(request, monkeypatch):
+    """Both ways of reading /proc/PID/maps."""
+    if request.param == "text":
+        monkeypatch.setattr(procmap, "has_query", lambda: False)
+        monkeypatch.setattr("msharefs.clients.space.has_query", lambda: False)
+    elif not procmap.has_query():
+        pytest.skip("PROCMAP_QUERY is missing (Linux 6.11)")
+    return request.param
