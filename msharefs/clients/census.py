@@ -95,11 +95,10 @@ class Census:
             now = time.monotonic()
             if self._looked < 0 or self._came_round(now):
                 return self._full(private=private)
-            last = self._given_out()
-            new = self._new_processes(last)
+            new = self._new_processes()
             self._looked = now
             if now - self._marked >= SETTLED:
-                self._floor, self._mark, self._marked = self._mark, last, now
+                self._floor, self._mark, self._marked = self._mark, self._last, now
                 self._seen = {number for number in self._seen if number > self._floor}
             return self._look_at(new, private=private)
 
@@ -109,9 +108,9 @@ class Census:
         self._looked = self._marked = time.monotonic()
         self._limit = int((_PROC / "sys/kernel/pid_max").read_text())
         self._forks = _forks()
+        ids = list(process_ids())
         self._mark = last = self._given_out()
         self._floor = last - LAP  # whoever is not to be seen yet is new when he is
-        ids = list(process_ids())
         self._seen = {self._number(pid, last) for pid in ids}
         return self._look_at(ids, private=private)
 
@@ -173,10 +172,17 @@ class Census:
         before, self._forks = self._forks, forks
         return forks - before >= self._limit // 2
 
-    def _new_processes(self, last: int) -> list[int]:
+    def _new_processes(self) -> list[int]:
         floor, seen = self._floor, self._seen
+        while True:
+            lap = self._lap
+            listed = self._processes_from(floor - lap + 1 if floor >= lap else 1)
+            # Asked after they were listed: none of them is newer than this.
+            last = self._given_out()
+            if lap == self._lap:
+                break
         new: list[int] = []
-        for pid in self._processes_from(floor - self._lap + 1 if floor >= self._lap else 1):
+        for pid in listed:
             number = self._number(pid, last)
             if number > floor and number not in seen:
                 seen.add(number)

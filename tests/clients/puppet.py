@@ -31,6 +31,8 @@ class Puppet:
         self.pid = pid
         self._talk = talk
         self._process = process
+        self._pidfd = os.pidfd_open(pid)
+        self._children: list[Puppet] = []
         talk.settimeout(PATIENCE)
 
     @classmethod
@@ -59,7 +61,8 @@ class Puppet:
         """A child of it, with all that it has mapped. It is reaped when it ends."""
         self._talk.send(pickle.dumps(("fork", "")))
         data, (descriptor,), _, _ = socket.recv_fds(self._talk, 64, 1)
-        return Puppet(int(data), socket.socket(fileno=descriptor))
+        self._children.append(Puppet(int(data), socket.socket(fileno=descriptor)))
+        return self._children[-1]
 
     def execute(self, *command: str) -> None:
         """It becomes another program; returns once it has. It cannot be told anything then."""
@@ -68,22 +71,21 @@ class Puppet:
 
     def kill(self) -> None:
         """Returns once it has ended."""
-        pidfd = os.pidfd_open(self.pid)
         os.kill(self.pid, signal.SIGKILL)
-        wait_for_end(pidfd)
-        os.close(pidfd)
-        self.close()
+        wait_for_end(self._pidfd)
 
     def close(self) -> None:
-        """Let it end, if it has not."""
+        """Let it end, and its children, if they have not."""
+        for child in self._children:
+            child.close()
         self._talk.close()
-        if self._process is not None:
-            try:
-                self._process.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
+        try:
+            wait_for_end(self._pidfd)
+        finally:
+            if self._process is not None:
                 self._process.kill()
                 self._process.wait()
-                raise
+            os.close(self._pidfd)
 
     def _ask(self, what: str, code: str) -> Any:
         self._talk.send(pickle.dumps((what, code)))
