@@ -65,7 +65,7 @@ class Census:
 
     def __init__(self, device: int) -> None:
         """``device`` is the mount's ``st_dev``."""
-        self._device = device
+        self.device: Final = device
         self._us = os.getpid()
         self._proc = os.open(_PROC, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._loadavg = os.open(_PROC / "loadavg", READ_FLAGS)
@@ -102,6 +102,13 @@ class Census:
                 self._seen = {number for number in self._seen if number > self._floor}
             return self._look_at(new, private=private)
 
+    def last_pid(self) -> int:
+        """The number given to a process or thread last, in our pid namespace.
+
+        As long as it stays the same nobody was made; if it does not, look.
+        """
+        return int(os.pread(self._loadavg, 128, 0).rsplit(None, 1)[1])
+
     # -- looking
 
     def _full(self, *, private: bool) -> list[Found]:
@@ -129,8 +136,8 @@ class Census:
             return None  # gone meanwhile, or a process that nobody may look at
         try:
             if private:
-                return all_mappings(maps, pid, self._device)
-            return shared_mappings(maps, pid, self._device)
+                return all_mappings(maps, pid, self.device)
+            return shared_mappings(maps, pid, self.device)
         except Gone:
             # A kernel thread, or a process whose first thread has ended before the others.
             return None if path.count("/") > 1 else self._look_at_threads(pid, private)
@@ -152,8 +159,8 @@ class Census:
     # -- which are new
 
     def _given_out(self) -> int:
-        """The number given out last, in our pid namespace."""
-        pid = int(os.pread(self._loadavg, 128, 0).rsplit(None, 1)[1])
+        """The number given out last, going on where the numbers come round."""
+        pid = self.last_pid()
         if pid < self._last % LAP:
             self._lap += LAP
         self._last = self._lap + pid

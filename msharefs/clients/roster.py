@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Protocol
 import attrs
 import trio
 
-from msharefs.clients.census import Census
 from msharefs.clients.gone import Gone
 from msharefs.clients.space import AddressSpace
 from msharefs.region.mapping import PROTS
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Iterator
 
     from msharefs.abi import Prot
-    from msharefs.clients.census import Found
+    from msharefs.clients.census import Census, Found
     from msharefs.clients.procmap import MappedRange
 
 
@@ -125,11 +124,11 @@ class Client:
 class Roster:
     """The clients of one mount. Regions are known by their inode."""
 
-    def __init__(self, device: int, *, is_region: Callable[[int], bool] | None = None) -> None:
-        """``device``: the mount's st_dev. ``is_region``: whether a file of it counts (default all)."""
-        self._device = device
+    def __init__(self, census: Census, *, is_region: Callable[[int], bool] | None = None) -> None:
+        """``census``: of the mount. ``is_region``: whether a file of it counts (default: all do)."""
+        self._device = census.device
         self._is_region = is_region
-        self._census = Census(device)
+        self._census = census
         self._surveying = trio.Lock()
         self._by_pid: dict[int, Client] = {}
         self._by_region: dict[int, dict[Client, None]] = {}
@@ -295,7 +294,6 @@ class Roster:
         for client in self:
             self.forget(client)
         self._ends.close()
-        self._census.close()
 
     def _strike(self, client: Client, inode: int) -> None:
         clients = self._by_region.get(inode)
