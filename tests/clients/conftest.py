@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -104,15 +105,14 @@ def start_toucher(toucher_program):
 @pytest.fixture
 def puppets():
     """Start processes with these descriptors; afterwards they and their children have ended."""
-    started: list[Puppet] = []
+    with contextlib.ExitStack() as stack:
 
-    def start(*descriptors: int) -> Puppet:
-        started.append(Puppet.start(*descriptors))
-        return started[-1]
+        def start(*descriptors: int) -> Puppet:
+            puppet = Puppet.start(*descriptors)
+            stack.callback(puppet.close)
+            return puppet
 
-    yield start
-    for puppet in started:
-        puppet.close()
+        yield start
 
 
 @pytest.fixture

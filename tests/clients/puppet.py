@@ -6,6 +6,7 @@ plain numbers in and out. It ends with the socket it is told through, so with th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import pickle
@@ -33,6 +34,7 @@ class Puppet:
         self._process = process
         self._pidfd = os.pidfd_open(pid)
         self._children: list[Puppet] = []
+        self._closed = False
         talk.settimeout(PATIENCE)
 
     @classmethod
@@ -57,6 +59,11 @@ class Puppet:
         """Have it executed, and expect no answer."""
         self._talk.send(pickle.dumps(("do", statements)))
 
+    def receive(self) -> tuple[bool, Any]:
+        """The answer to what was sent: whether it went well, and the value."""
+        good, value = pickle.loads(self._talk.recv(1 << 20))
+        return good, value
+
     def fork(self) -> Puppet:
         """A child of it, with all that it has mapped. It is reaped when it ends."""
         self._talk.send(pickle.dumps(("fork", "")))
@@ -75,21 +82,25 @@ class Puppet:
         wait_for_end(self._pidfd)
 
     def close(self) -> None:
-        """Let it end, and its children, if they have not."""
+        """End it and its children, if they have not ended."""
         for child in self._children:
             child.close()
+        if self._closed:
+            return
+        self._closed = True
         self._talk.close()
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         try:
             wait_for_end(self._pidfd)
         finally:
-            if self._process is not None:
-                self._process.kill()
-                self._process.wait()
             os.close(self._pidfd)
+            if self._process is not None:
+                self._process.wait(PATIENCE)
 
     def _ask(self, what: str, code: str) -> Any:
         self._talk.send(pickle.dumps((what, code)))
-        good, value = pickle.loads(self._talk.recv(1 << 20))
+        good, value = self.receive()
         assert good, value
         return value
 
