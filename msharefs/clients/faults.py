@@ -170,6 +170,8 @@ class Half:
     spans: list[Span] = attrs.field(factory=list)
     """What is caught by it, by address; never overlapping."""
     closed: bool = False
+    opening: set[int] = attrs.field(factory=set)
+    """Pages that the lane is about to let go: whoever asks for one will be woken."""
 
     def span_at(self, address: int) -> Span | None:
         index = bisect_right(self.spans, address, key=_address) - 1
@@ -509,6 +511,8 @@ class Faults:
     def _fault(self, half: Half, fault: PageFault) -> bool:
         """False for a thread that was known to wait for that page already."""
         served, page = half.served, page_down(fault.address)
+        if page in half.opening:
+            return True
         span = half.span_at(fault.address)
         if span is None:  # given up meanwhile
             self._let_go(half, fault)
@@ -532,6 +536,7 @@ class Faults:
         return True
 
     def _let_go(self, half: Half, fault: PageFault) -> None:
+        half.opening.add(page_down(fault.address))
         self._workers.submit(half.served.lane, partial(self._resolve, half, fault))
 
     def _deny(self, access: Access) -> None:
@@ -552,6 +557,7 @@ class Faults:
     def _resolve(self, half: Half, fault: PageFault) -> None:
         """In a lane: let the access happen, and all that wait for its page try again."""
         userfault, page = half.userfault, page_down(fault.address)
+        half.opening.discard(page)  # from now on the answer to who asks may come too late
         if half.closed:
             return
         span = half.span_at(page)

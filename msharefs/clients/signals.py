@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Final
 
 NR_RT_TGSIGQUEUEINFO: Final = 297
-NR_TGKILL: Final = 234
 SI_QUEUE: Final = -1
 """A code below zero: the kernel lets nobody send what looks as if it came from the kernel."""
 
-_SIGINFO: Final = struct.Struct("=iiiiQ104x")
-"""signo, errno, code, padding, the union with the address first: 128 bytes."""
+_SIGINFO: Final = struct.Struct("=iii4xQQ96x")
+"""signo, errno, code; si_addr (or si_pid and si_uid), then si_value: 128 bytes in all."""
+
+_OF_ADDRESS: Final = frozenset(
+    {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP}
+)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -74,14 +77,7 @@ def segv(pid: int, tid: int, address: int) -> None:
     if not takes(tid, signal.SIGSEGV):
         kill(pid)
         return
-    info = _SIGINFO.pack(signal.SIGSEGV, 0, SI_QUEUE, 0, address)
-    _libc.syscall(
-        ctypes.c_long(NR_RT_TGSIGQUEUEINFO),
-        ctypes.c_int(pid),
-        ctypes.c_int(tid),
-        ctypes.c_int(signal.SIGSEGV),
-        ctypes.c_char_p(info),
-    )
+    _queue(pid, tid, signal.SIGSEGV, address)
 
 
 def kill(pid: int) -> None:
@@ -91,9 +87,23 @@ def kill(pid: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def send(pid: int, tid: int, number: int) -> None:
-    """``number`` to one thread of a process. Never raises: it may have ended."""
+def send(pid: int, tid: int, number: int, address: int) -> None:
+    """``number`` to a thread, ``address`` as its ``si_addr`` (or, in others, ``si_value``).
+
+    Never raises: it may have ended.
+    """
     if pid > 0 and tid > 0:
-        _libc.syscall(
-            ctypes.c_long(NR_TGKILL), ctypes.c_int(pid), ctypes.c_int(tid), ctypes.c_int(number)
-        )
+        _queue(pid, tid, number, address)
+
+
+def _queue(pid: int, tid: int, number: int, address: int) -> None:
+    value = 0 if number in _OF_ADDRESS else address
+    first = address if number in _OF_ADDRESS else os.getpid()
+    info = _SIGINFO.pack(number, 0, SI_QUEUE, first, value)
+    _libc.syscall(
+        ctypes.c_long(NR_RT_TGSIGQUEUEINFO),
+        ctypes.c_int(pid),
+        ctypes.c_int(tid),
+        ctypes.c_int(number),
+        ctypes.c_char_p(info),
+    )

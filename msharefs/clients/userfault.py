@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import attrs
 
+from msharefs.clients.arch import Number
 from msharefs.clients.identity import duplicate_descriptor
 
 if TYPE_CHECKING:
@@ -32,10 +33,6 @@ if TYPE_CHECKING:
 PAGE: Final = 4096
 
 UFFD_USER_MODE_ONLY: Final = 1
-NR_USERFAULTFD: Final = 323
-NR_OPEN: Final = 2
-NR_CLOSE: Final = 3
-NR_IOCTL: Final = 16
 USERFAULTFD_IOC_NEW: Final = 0xAA00
 DEVICE: Final = b"/dev/userfaultfd\0"
 
@@ -325,10 +322,10 @@ class Borrowed(Protocol):
     @property
     def tid(self) -> int: ...
 
-    def call(self, number: int, *args: int) -> Generator[Any, Any, int]:
+    def call(self, number: int, *arguments: int) -> Generator[Any, Any, int]:
         """The call's result; negative errno if it failed."""
 
-    def push(self, data: bytes) -> int:
+    def push(self, data: bytes) -> Generator[Any, Any, int]:
         """Put ``data`` where the thread can read it; its address."""
 
 
@@ -342,9 +339,9 @@ def make(thread: Borrowed) -> Generator[Any, Any, list[Userfault]]:
     made: list[Userfault] = []
     flags = os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        theirs = yield from thread.call(NR_USERFAULTFD, flags | UFFD_USER_MODE_ONLY)
+        theirs = yield from thread.call(Number.USERFAULTFD, flags | UFFD_USER_MODE_ONLY)
         made.append((yield from _take(thread, theirs, user_mode_only=True)))
-        theirs = yield from thread.call(NR_USERFAULTFD, flags)
+        theirs = yield from thread.call(Number.USERFAULTFD, flags)
         if theirs == -errno.EPERM:
             theirs = yield from _by_device(thread, flags)
         if theirs != -errno.EPERM:
@@ -362,15 +359,15 @@ def _take(thread: Borrowed, theirs: int, *, user_mode_only: bool) -> Generator[A
     try:
         ours = duplicate_descriptor(thread.tid, theirs)
     finally:
-        yield from thread.call(NR_CLOSE, theirs)
+        yield from thread.call(Number.CLOSE, theirs)
     return Userfault.negotiate(ours, user_mode_only=user_mode_only)
 
 
 def _by_device(thread: Borrowed, flags: int) -> Generator[Any, Any, int]:
-    path = thread.push(DEVICE)
-    device = yield from thread.call(NR_OPEN, path, os.O_RDWR | os.O_CLOEXEC)
+    path = yield from thread.push(DEVICE)
+    device = yield from thread.call(Number.OPEN, path, os.O_RDWR | os.O_CLOEXEC)
     if device < 0:
         return -errno.EPERM
-    made = yield from thread.call(NR_IOCTL, device, USERFAULTFD_IOC_NEW, flags)
-    yield from thread.call(NR_CLOSE, device)
+    made = yield from thread.call(Number.IOCTL, device, USERFAULTFD_IOC_NEW, flags)
+    yield from thread.call(Number.CLOSE, device)
     return made if made >= 0 else -errno.EPERM

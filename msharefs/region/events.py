@@ -23,6 +23,17 @@ class EventKind(StrEnum):
     WRITE = "write"
     UNLINK = "unlink"
     RENAME = "rename"
+    NOTIFY = "notify"
+    """A range is watched from now on, or not any more."""
+    FAULT = "fault"
+    """A watched access, let go."""
+    DENY = "deny"
+    """A watched access that the protection forbids: it did not happen."""
+    HOLD = "hold"
+    """A watched access waits for ``allow SEQ`` or ``deny SEQ``, with this event's ``seq``."""
+    RELEASE = "release"
+    """It waits no more: ``hold`` is the number of the event above, ``decision`` what became of it,
+    ``reason`` why."""
 
 
 @attrs.frozen

@@ -27,7 +27,7 @@ from msharefs.region.errors import (
     NotSized,
     RightsInUse,
 )
-from msharefs.region.mapping import ANON, PROTS, Change, Mapping, ObjectRef
+from msharefs.region.mapping import ANON, PROTS, Change, Mapping, ObjectRef, RangeChange
 from msharefs.region.pages import checked_end, page_up
 from msharefs.region.semantics import MSHARE, Semantics
 from msharefs.region.table import MappingTable
@@ -79,6 +79,7 @@ class Region:
     table: MappingTable = attrs.field(factory=MappingTable)
     _descriptors: dict[Prot, int] = attrs.field(factory=dict)
     _pending: Prot = Prot.NONE
+    _changing: tuple[RangeChange, ...] = ()
 
     @property
     def limit(self) -> int:
@@ -146,12 +147,31 @@ class Region:
                 )
 
     def begin(self, change: Change) -> None:
-        """Count the rights a change will give, so that an open() meanwhile is held to them."""
+        """Count the rights a change will give, so that an open() meanwhile is held to them.
+
+        And those that it takes: :meth:`rights_at` does not give them any more.
+        """
         self._pending = change.rights_after
+        self._changing = change.ranges
 
     def end(self) -> None:
         """The change is through, or given up."""
         self._pending = Prot.NONE
+        self._changing = ()
+
+    def rights_at(self, offset: int) -> Prot:
+        """What an access to ``offset`` may do this moment; NONE in a hole.
+
+        While a change is under way: what the old and the new table both give.
+        """
+        mapping = self.table.at(offset)
+        if mapping is None:
+            return Prot.NONE
+        for part in self._changing:
+            if part.start <= offset < part.end:
+                given = 0 if part.new is None else int(part.new.prot)
+                return PROTS[int(mapping.prot) & given]
+        return mapping.prot
 
     # -- planning
 

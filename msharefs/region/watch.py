@@ -96,6 +96,13 @@ class Watches:
             self._put(start, end, None)
         return gone
 
+    def first_of(self, start: int, end: int, access: NotifyEvent) -> bool:
+        """As :meth:`first`, for all pages of a range at once: whether there was one."""
+        pages = self._reported[int(access)]
+        known = len(pages)
+        pages.update(range(start // PAGE_SIZE, (end + PAGE_SIZE - 1) // PAGE_SIZE))
+        return len(pages) > known
+
     def first(self, offset: int, access: NotifyEvent) -> bool:
         """Whether no access of that kind to that page has been reported since it was armed.
 
@@ -106,6 +113,13 @@ class Watches:
             return False
         pages.add(page)
         return True
+
+    def copy(self) -> Watches:
+        """To go back to."""
+        other = Watches()
+        other._watches, other._starts = self._watches.copy(), self._starts.copy()
+        other._reported = {access: pages.copy() for access, pages in self._reported.items()}
+        return other
 
     def _span(self, start: int, end: int) -> tuple[int, int]:
         """The watches that share a byte with the range, as indices."""

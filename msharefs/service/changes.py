@@ -24,6 +24,7 @@ from msharefs.abi import Kind
 from msharefs.region.errors import RightsInUse
 from msharefs.region.events import Actor, Event, EventKind
 from msharefs.region.mapping import PROTS
+from msharefs.region.watch import Watches
 from msharefs.service.eventlog import Reader
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class RegionState:
 
     ring: Ring
     lock: trio.Lock = attrs.field(factory=trio.Lock)
+    watches: Watches = attrs.field(factory=Watches)
     counters: dict[str, int] = attrs.field(factory=dict)
 
     def count(self, name: str, by: int = 1) -> None:
@@ -84,11 +86,11 @@ class Changes:
         """A place in the region's stream of events, or in the whole mount's."""
         return Reader(self.log.ring if file is None else self.state(file).ring)
 
-    def tell(self, file: RegionFile, event: Event) -> None:
-        """Put an event into the mount's log and the region's."""
+    def tell(self, file: RegionFile, event: Event) -> int:
+        """Put an event into the mount's log and the region's. Its number."""
         state = self.state(file)
         state.count(event.kind)
-        self.log.add(event, state.ring)
+        return self.log.add(event, state.ring)
 
     def refuse(
         self, file: RegionFile, actor: Actor, via: str, errno_name: str, reason: str

@@ -10,8 +10,9 @@
 ``PATH`` mirrors the namespace: a directory has a directory, a region has one with its files.
 Nothing here is stored: a control node is the number of the node it belongs to plus a slot (see
 :class:`Slot`), so it exists exactly as long as that node does, and nobody can remove or rename
-it. Modes follow the region's: whoever may read a region may see what is in it. The mount's own
-event stream shows every user's regions and is for the mount's owner alone.
+it. Modes follow the region's: whoever may read a region may see what is in it, and whoever may
+write it may write ``allow SEQ`` or ``deny SEQ`` to its events file. The mount's own event stream
+shows every user's regions and is for the mount's owner alone.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class ControlNode:
         if self.ino == INFO_INO:
             return stat.S_IFREG | 0o444
         if self.ino == CONTROL_EVENTS_INO:
-            return stat.S_IFREG | 0o400
+            return stat.S_IFREG | 0o600
         if self.ino == CONTROL_INO:
             return stat.S_IFDIR | 0o555
         if isinstance(self.owner, Directory):
@@ -97,6 +98,8 @@ class ControlNode:
         readable = permissions & 0o444
         if self.is_directory:
             return stat.S_IFDIR | readable | readable >> 2
+        if self.slot is Slot.EVENTS:
+            readable |= permissions & 0o222
         return stat.S_IFREG | readable
 
 

@@ -37,6 +37,7 @@ from msharefs.service.handles import Handles
 from msharefs.service.ioctls import Ioctls
 from msharefs.service.mmaps import Mmaps
 from msharefs.service.nodes import Namespace
+from msharefs.service.notifications import Notifications
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -96,7 +97,8 @@ async def _serve(
             semantics=options.semantics,
         )
         handles = Handles()
-        files = Files(handles, changes, namespace.leaving)
+        notifications = Notifications(changes, namespace.region_or_none)
+        files = Files(handles, changes, notifications, namespace.leaving)
         features = FEATURES | (Feature.HUGE if options.huge not in {None, "never"} else Feature(0))
         ioctls = Ioctls(
             handles,
@@ -105,7 +107,7 @@ async def _serve(
             gate=gate.kind if gate is not None else Gate.NONE,
             region_devices=_region_devices,
         )
-        operations = Filesystem(namespace, handles, changes, store)
+        operations = Filesystem(namespace, handles, changes, store, notifications.holds)
         handlers = Handlers(
             ioctl=ioctls,
             fallocate=files.fallocate,
@@ -138,6 +140,7 @@ async def _serve(
     try:
         async with trio.open_nursery() as nursery:
             await nursery.start(_stop_on_signal, session, gate)
+            await nursery.start(notifications.holds.run)
             if gate is not None:
                 nursery.start_soon(_unwatch_at_end, session, gate)
             await session.run(announce)

@@ -118,11 +118,13 @@ class EventLog:
     def new_region_ring(self) -> Ring:
         return Ring(self._region_capacity)
 
-    def add(self, event: Event, region_ring: Ring) -> None:
+    def add(self, event: Event, region_ring: Ring) -> int:
+        """The event's number."""
         entry = Entry(self._next_seq, time.time(), event)
         self._next_seq += 1
         self.ring.append(entry)
         region_ring.append(entry)
+        return entry.seq
 
 
 class Reader:

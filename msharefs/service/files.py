@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 import trio
 
+from msharefs.clients.identity import identify
 from msharefs.fuse.handlers import OpenPlan
 from msharefs.memory.backing import (
     FALLOC_FL_KEEP_SIZE,
@@ -37,8 +38,11 @@ if TYPE_CHECKING:
         SeekRequest,
         WriteRequest,
     )
+    from msharefs.region.events import Actor
     from msharefs.service.changes import Changes
     from msharefs.service.handles import Handles
+    from msharefs.service.nodes import RegionFile
+    from msharefs.service.notifications import Notifications
 
 OFFSET_END: Final = 1 << 63
 """No file offset reaches this (off_t is signed)."""
@@ -64,6 +68,7 @@ class Files:
 
     _handles: Handles
     _changes: Changes
+    _notifications: Notifications
     _leaving: Callable[[], bool]
     """Whether there are nameless files that nobody has open, which the kernel has yet to forget."""
 
@@ -79,7 +84,7 @@ class Files:
         """FUSE_READ."""
         handle = self._handles.get(request.fh)
         if isinstance(handle, RegionHandle):
-            return self._read_region(handle, request.offset, request.size)
+            return self._read_region(handle, request)
         if isinstance(handle, TextHandle):
             return handle.read(request.offset, request.size)
         if not isinstance(handle, EventsHandle):
@@ -102,7 +107,8 @@ class Files:
                     raise
             return self._write_again(handle, request)
         if isinstance(handle, EventsHandle):
-            raise Unsupported("this mount holds no accesses that could be decided on")
+            holds = self._notifications.holds
+            return holds.decide(request.data, handle.file, identify(request.pid))
         raise BadArgument("a file that the mount makes up")
 
     def fallocate(self, request: FallocateRequest) -> Awaitable[None]:
@@ -175,6 +181,9 @@ class Files:
         count = origin.region.readable(request.offset, count)
         if not count:
             return 0
+        via, actor = "copy_file_range", target.actor(request.pid)
+        count = await self._admitted(origin, request.offset, count, False, actor, via)
+        count = await self._admitted(file, request.target_offset, count, True, actor, via)
         copied = 0
 
         def work() -> int:
@@ -188,29 +197,97 @@ class Files:
                 copied += taken
             return request.target_offset + copied
 
-        actor = target.actor(request.pid)
-        await self._changes.growing_in_thread(file, work, actor, "copy_file_range")
-        return self._wrote(target, request.pid, "copy_file_range", request.target_offset, copied)
+        await self._changes.growing_in_thread(file, work, actor, via)
+        return self._wrote(target, request.pid, via, request.target_offset, copied)
 
-    def _read_region(self, handle: RegionHandle, offset: int, size: int) -> bytes:
-        file = handle.file
+    async def _admitted(
+        self, file: RegionFile, offset: int, length: int, store: bool, actor: Actor, via: str
+    ) -> int:
+        """How much of an access the watches let go, however long that takes."""
+        if not self._changes.state(file).watches:
+            return length
+        admitted = self._notifications.admit(
+            file, offset, length, store=store, actor=actor, via=via
+        )
+        return admitted if isinstance(admitted, int) else await admitted
+
+    def _read_region(self, handle: RegionHandle, request: ReadRequest) -> bytes | Awaitable[bytes]:
+        file, offset = handle.file, request.offset
         state = self._changes.state(file)
         state.count("read")  # refused ones too: each has come this far
-        data = file.backing.read(offset, file.region.readable(offset, size))
-        state.count("read_bytes", len(data))
+        try:
+            allowed = file.region.readable(offset, request.size)
+        except RegionError:
+            if state.watches:
+                self._refused(handle, request, store=False, via="read")
+            raise
+        if allowed and state.watches:
+            return self._read_watched(handle, request, allowed)
+        return self._take(handle, offset, allowed)
+
+    def _take(self, handle: RegionHandle, offset: int, allowed: int) -> bytes:
+        data = handle.file.backing.read(offset, allowed)
+        self._changes.state(handle.file).count("read_bytes", len(data))
         return data
+
+    def _read_watched(
+        self, handle: RegionHandle, request: ReadRequest, allowed: int
+    ) -> bytes | Awaitable[bytes]:
+        file, offset, actor = handle.file, request.offset, handle.actor(request.pid)
+        admitted = self._notifications.admit(
+            file, offset, allowed, store=False, actor=actor, via="read"
+        )
+        if isinstance(admitted, int):
+            return self._take(handle, offset, admitted)
+
+        async def after() -> bytes:
+            return self._take(handle, offset, file.region.readable(offset, await admitted))
+
+        return after()
 
     def _write_region(self, handle: RegionHandle, request: WriteRequest) -> int | Awaitable[int]:
         file, offset = handle.file, request.offset
+        state = self._changes.state(file)
         try:
             allowed = file.region.writable(offset, len(request.data))
         except RegionError:
-            self._changes.state(file).count("write")  # else its event is counted
+            state.count("write")  # else its event is counted
+            if state.watches:
+                self._refused(handle, request, store=True, via="write")
             raise
         if offset + allowed > file.region.size:
             return self._write_past_end(handle, request)
+        if state.watches:
+            return self._write_watched(handle, request, allowed)
         written = file.backing.write(offset, memoryview(request.data)[:allowed])
         return self._wrote(handle, request.pid, "write", offset, written)
+
+    def _write_watched(
+        self, handle: RegionHandle, request: WriteRequest, allowed: int
+    ) -> int | Awaitable[int]:
+        file, offset, actor = handle.file, request.offset, handle.actor(request.pid)
+
+        def write(length: int) -> int:
+            length = file.region.writable(offset, length)
+            written = file.backing.write(offset, memoryview(request.data)[:length])
+            return self._wrote(handle, request.pid, "write", offset, written)
+
+        admitted = self._notifications.admit(
+            file, offset, allowed, store=True, actor=actor, via="write"
+        )
+        if isinstance(admitted, int):
+            return write(admitted)
+
+        async def after() -> int:
+            return write(await admitted)
+
+        return after()
+
+    def _refused(
+        self, handle: RegionHandle, request: ReadRequest | WriteRequest, *, store: bool, via: str
+    ) -> None:
+        actor = handle.actor(request.pid)
+        self._notifications.refused(handle.file, request.offset, store=store, actor=actor, via=via)
 
     def _write_past_end(self, handle: RegionHandle, request: WriteRequest) -> int | Awaitable[int]:
         file, offset = handle.file, request.offset

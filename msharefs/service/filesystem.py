@@ -70,6 +70,7 @@ if TYPE_CHECKING:
 
     from msharefs.memory.store import Store
     from msharefs.service.changes import Changes
+    from msharefs.service.holds import Holds
 
 FOR_EVER: Final = 86_400.0
 """Seconds that the kernel may keep a name, or a directory's attributes."""
@@ -87,7 +88,12 @@ class Filesystem(pyfuse3.Operations):
     enable_acl = False
 
     def __init__(
-        self, namespace: Namespace, handles: Handles, changes: Changes, store: Store
+        self,
+        namespace: Namespace,
+        handles: Handles,
+        changes: Changes,
+        store: Store,
+        holds: Holds,
     ) -> None:
         super().__init__()
         self._names = namespace
@@ -95,6 +101,7 @@ class Filesystem(pyfuse3.Operations):
         self._handles = handles
         self._changes = changes
         self._store = store
+        self._holds = holds
 
     # -- names
 
@@ -363,9 +370,9 @@ class Filesystem(pyfuse3.Operations):
         if node.is_directory:
             raise IsADirectory("a control directory")
         if node.slot is Slot.EVENTS:
-            if isinstance(node.owner, RegionFile):
-                return EventsHandle(self._changes.new_reader(node.owner))
-            return EventsHandle(self._changes.new_reader(None))
+            region = node.owner if isinstance(node.owner, RegionFile) else None
+            self._holds.opened(region)
+            return EventsHandle(self._changes.new_reader(region), region)
         file = node.owner
         if not isinstance(file, RegionFile):
             raise IsADirectory("a control directory")
@@ -381,6 +388,7 @@ class Filesystem(pyfuse3.Operations):
         handle = self._handles.remove(number)
         if isinstance(handle, EventsHandle):
             handle.disarm()
+            self._holds.closed(handle.file)
         elif isinstance(handle, RegionHandle):
             handle.file.region.closed(handle.access)
             handle.file.opens -= 1

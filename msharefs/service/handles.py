@@ -56,6 +56,8 @@ class EventsHandle:
     """A descriptor of an events file, with its place in the stream."""
 
     reader: Reader
+    file: RegionFile | None
+    """The region whose events these are; None for the mount's."""
     wake: Callable[[], None] | None = None
     """Tells the kernel that a poll() may go on; set while one is armed."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 import trio
 
@@ -47,9 +47,13 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from msharefs.fuse.wire import IoctlRequest
+    from msharefs.region.events import Actor
     from msharefs.region.mapping import Change
     from msharefs.service.changes import Changes
     from msharefs.service.handles import Handles
+    from msharefs.service.nodes import RegionFile
+
+    Notify: TypeAlias = Callable[[RegionFile, NotifyArgs, Actor], Awaitable[None]]
 
 DONE: Final = IoctlReply()
 SIGNAL_MAX: Final = 64
@@ -60,7 +64,11 @@ _NEXT: Final = int(QueryFlag.NEXT)
 
 
 class Ioctls:
-    """Answers FUSE_IOCTL. ``region_devices`` tells which devices hold regions, to refuse nesting."""
+    """Answers FUSE_IOCTL.
+
+    ``notify`` watches a range, if the mount can; ``region_devices`` tells which devices hold
+    regions, to refuse nesting.
+    """
 
     def __init__(
         self,
@@ -69,12 +77,14 @@ class Ioctls:
         *,
         features: Feature,
         gate: Gate = Gate.NONE,
+        notify: Notify | None = None,
         region_devices: Callable[[], frozenset[int]],
     ) -> None:
         self._handles = handles
         self._changes = changes
         self._features = features
         self._gate = gate
+        self._watch = notify
         self._region_devices = region_devices
         self._handlers: dict[
             Command,
@@ -257,16 +267,20 @@ class Ioctls:
         )
         return IoctlReply(data=answer.pack())
 
-    # -- checked, and not to be had yet
+    # -- watching, and what is not to be had yet
 
-    def _notify(self, handle: RegionHandle, data: bytes, _tid: int) -> IoctlReply:
+    def _notify(
+        self, handle: RegionHandle, data: bytes, tid: int
+    ) -> IoctlReply | Awaitable[IoctlReply]:
         args = _unpack(NotifyArgs, data)
         region = handle.file.region
         region.check_sized()
         check_may_change(handle.access)
         region.check_range(args.region_offset, args.size)
         _check_notify(args)
-        raise Unsupported("this mount does not watch ranges")
+        if self._watch is None:
+            raise Unsupported("this mount does not watch ranges: it has no gate")
+        return _then_done(self._watch(handle.file, args, handle.actor(tid)))
 
     def _sync(self, handle: RegionHandle, data: bytes, _tid: int) -> IoctlReply:
         args = _unpack(SyncArgs, data)

@@ -1,0 +1,317 @@
+"""Watched ranges: who is told, and what becomes of each access.
+
+For: MSHAREFS_NOTIFY; judging what a userfaultfd has caught (``clients/faults.py`` asks) and what
+comes by read() and write(), by the same rules.
+
+How it goes: an access in a process arrives at :meth:`Notifications.judge`, is compared with the
+table and the watches (``region/watch.py``), told of by an event, and answered: let go, denied, or
+held (``holds.py``). *log* reports each page once, whoever touches it, until the range is armed
+anew; *signal* and *hold* do so for each process, and again after a denial.
+
+Leaves out: catching (``enforce.py`` brings the processes to it).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Protocol
+
+import trio
+
+from msharefs.abi import PAGE_SIZE, NotifyEvent, NotifyMode, OnTimeout, Prot
+from msharefs.clients import signals
+from msharefs.clients.faults import Answer
+from msharefs.region.errors import AccessDenied
+from msharefs.region.events import Event, EventKind
+from msharefs.region.pages import page_down, page_up
+from msharefs.region.watch import Action, Watch, judge
+from msharefs.service.holds import Decision, Hold, Holds
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from msharefs.abi import NotifyArgs
+    from msharefs.clients.faults import Access, Served
+    from msharefs.region.events import Actor
+    from msharefs.service.changes import Changes
+    from msharefs.service.nodes import RegionFile
+
+_ANSWERS: Final = {
+    Decision.ALLOW: Answer.GO,
+    Decision.DENY: Answer.DENY,
+    Decision.AGAIN: Answer.WAIT,
+}
+_LOGGED: Final = (("mode", "log"),)
+_ANY: Final = Prot.READ | Prot.WRITE
+_SOME_BYTE: Final = 1
+"""The length told of a load or store: the processor says where it began, not how long it is."""
+
+
+class Reach(Protocol):
+    """Brings processes to the watches of a range (``enforce.py``)."""
+
+    async def rewatch(self, file: RegionFile, start: int, end: int, *, tid: int) -> None:
+        """Whoever maps ``[start, end)`` is to obey table and watches as they are now.
+
+        Every page there is to be caught anew. ``tid`` is who asked. Raises what becomes its errno.
+        """
+
+
+class Settle(Protocol):
+    """Answers an access that was to wait (:meth:`~msharefs.clients.faults.Faults.settle`)."""
+
+    def __call__(self, served: Served, page: int, answer: Answer) -> None: ...
+
+
+class Notifications:
+    """Those of one mount. ``find`` gives the region of an inode number, None if it has gone."""
+
+    def __init__(self, changes: Changes, find: Callable[[int], RegionFile | None]) -> None:
+        self._changes = changes
+        self._find = find
+        self.holds: Final = Holds(changes.tell)
+        self._held_pages: dict[tuple[Served, int], Hold] = {}
+        self.settle: Settle | None = None
+        """Set before anything is caught."""
+
+    # -- arming
+
+    async def notify(self, file: RegionFile, args: NotifyArgs, actor: Actor, reach: Reach) -> None:
+        """Watch a range (``args`` are checked), or watch it no more."""
+        start, end = args.region_offset, args.region_offset + args.size
+        async with self._changes.state(file).lock:
+            state = self._changes.state(file)
+            before = state.watches.copy()
+            if args.events:
+                state.watches.arm(_watch(args))
+            else:
+                state.watches.disarm(start, end)
+            try:
+                await reach.rewatch(file, start, end, tid=actor.tid)
+            except BaseException:
+                state.watches = before
+                with trio.CancelScope(shield=True):
+                    await reach.rewatch(file, start, end, tid=actor.tid)
+                raise
+            self.holds.changed(file, start, end)
+        self._tell(file, EventKind.NOTIFY, actor, "ioctl", start, args.size, _armed(args))
+
+    def forget(self, file: RegionFile, start: int, end: int) -> None:
+        """``[start, end)`` is unmapped: nothing of it is watched any more."""
+        self._changes.state(file).watches.disarm(start, end)
+        self.holds.changed(file, start, end)
+
+    def changed(self, file: RegionFile, start: int, end: int) -> None:
+        """Protections are others now."""
+        if len(self.holds):
+            self.holds.changed(file, start, end)
+
+    # -- what was caught in a process
+
+    def judge(self, access: Access) -> Answer:
+        """An access of a process's own, or of a system call to its memory."""
+        file = self._find(access.region)
+        if file is None:
+            return Answer.GO
+        offset, store = access.offset, access.store
+        kind = NotifyEvent.WRITE if store else NotifyEvent.READ
+        watches = self._changes.state(file).watches
+        watch = watches.at(offset)
+        prot = file.region.rights_at(offset)
+        verdict = judge(prot, watch, kind)
+        action = verdict.action
+        if not verdict.report:
+            return Answer.DENY if action is Action.DENY else Answer.GO
+        via, actor = "store" if store else "load", access.actor
+        if action is Action.DENY:
+            detail = (("prot", prot.text()),)
+            self._tell(file, EventKind.DENY, actor, via, offset, _SOME_BYTE, detail)
+            return Answer.DENY
+        assert watch is not None, "only watched accesses are reported"
+        if action is Action.GO:
+            if watches.first(offset, kind):
+                self._tell(file, EventKind.FAULT, actor, via, offset, _SOME_BYTE, _LOGGED)
+            return Answer.GO
+        if action is Action.SIGNAL:
+            self._tell(file, EventKind.FAULT, actor, via, offset, _SOME_BYTE, _signalled(watch))
+            signals.send(actor.pid, actor.tid, watch.signo, access.fault.address)
+            return Answer.GO
+        return self._hold_page(file, watch, access, actor, via)
+
+    def _hold_page(
+        self, file: RegionFile, watch: Watch, access: Access, actor: Actor, via: str
+    ) -> Answer:
+        settle, key = self.settle, (access.served, access.page)
+        assert settle is not None
+        at_once: list[Decision] = []
+        begun = False
+
+        def settled(decision: Decision) -> None:
+            if not begun:
+                at_once.append(decision)
+                return
+            del self._held_pages[key]
+            if decision is not Decision.NONE:
+                settle(*key, _ANSWERS[decision])
+
+        event = _event(file, EventKind.HOLD, actor, via, access.offset, _SOME_BYTE, _held(watch))
+        hold = self.holds.begin(file, watch, event, settled)
+        if hold is None:
+            return _ANSWERS[at_once[0]]
+        begun = True
+        self._held_pages[key] = hold
+        return Answer.WAIT
+
+    def abandoned(self, served: Served, page: int) -> None:
+        """Nobody waits for that page of that process any more."""
+        hold = self._held_pages.get((served, page))
+        if hold is not None:
+            self.holds.gone(hold)
+
+    # -- read() and write()
+
+    def admit(
+        self, file: RegionFile, offset: int, length: int, *, store: bool, actor: Actor, via: str
+    ) -> int | Awaitable[int]:
+        """How many bytes of an access that the table allows the watches let go.
+
+        Raises AccessDenied if that is none. An awaitable if it has to wait for somebody's word.
+        """
+        kind = NotifyEvent.WRITE if store else NotifyEvent.READ
+        end = offset + length
+        for watch in self._changes.state(file).watches.within(page_down(offset), page_up(end)):
+            start, stop = max(watch.start, offset), min(watch.end, end)
+            if judge(_ANY, watch, kind).action is Action.HOLD:
+                return self._admit_held(file, offset, length, start, kind, actor, via)
+            self._pass(file, watch, kind, start, stop, actor, via)
+        return length
+
+    def _pass(
+        self,
+        file: RegionFile,
+        watch: Watch,
+        kind: NotifyEvent,
+        start: int,
+        stop: int,
+        actor: Actor,
+        via: str,
+    ) -> None:
+        """Tell of an access that is let go without waiting."""
+        verdict = judge(_ANY, watch, kind)
+        if verdict.action is Action.SIGNAL:
+            self._tell(file, EventKind.FAULT, actor, via, start, stop - start, _signalled(watch))
+            signals.send(actor.pid, actor.tid, watch.signo, 0)
+        elif verdict.report and self._changes.state(file).watches.first_of(start, stop, kind):
+            self._tell(file, EventKind.FAULT, actor, via, start, stop - start, _LOGGED)
+
+    async def _admit_held(
+        self,
+        file: RegionFile,
+        offset: int,
+        length: int,
+        at: int,
+        kind: NotifyEvent,
+        actor: Actor,
+        via: str,
+    ) -> int:
+        """From ``at`` on, by the watches as they are after each wait."""
+        end = offset + length
+        while at < end:
+            watch = self._changes.state(file).watches.at(at)
+            if watch is None:
+                at = page_down(at) + PAGE_SIZE
+                continue
+            stop = min(watch.end, end)
+            if judge(_ANY, watch, kind).action is not Action.HOLD:
+                self._pass(file, watch, kind, at, stop, actor, via)
+                at = stop
+                continue
+            decision = await self._wait(file, watch, at, stop - at, actor, via)
+            if decision is Decision.DENY:
+                if at > offset:
+                    return at - offset
+                raise AccessDenied(f"{via} at {at:#x} was held and denied")
+            if decision is Decision.ALLOW:
+                at = stop
+        return length
+
+    async def _wait(
+        self, file: RegionFile, watch: Watch, start: int, length: int, actor: Actor, via: str
+    ) -> Decision:
+        done = trio.Event()
+        found: list[Decision] = []
+
+        def settled(decision: Decision) -> None:
+            found.append(decision)
+            done.set()
+
+        event = _event(file, EventKind.HOLD, actor, via, start, length, _held(watch))
+        hold = self.holds.begin(file, watch, event, settled)
+        try:
+            await done.wait()
+        finally:
+            if hold is not None:
+                self.holds.gone(hold)
+        return found[0]
+
+    def refused(
+        self, file: RegionFile, offset: int, *, store: bool, actor: Actor, via: str
+    ) -> None:
+        """read() or write() was denied by the table: to be told if the offset is watched."""
+        watch = self._changes.state(file).watches.at(offset)
+        kind = NotifyEvent.WRITE if store else NotifyEvent.READ
+        prot = file.region.rights_at(offset)
+        verdict = judge(prot, watch, kind)
+        if verdict.action is Action.DENY and verdict.report:
+            detail = (("prot", prot.text()),)
+            self._tell(file, EventKind.DENY, actor, via, offset, _SOME_BYTE, detail)
+
+    def _tell(
+        self,
+        file: RegionFile,
+        kind: EventKind,
+        actor: Actor,
+        via: str,
+        offset: int,
+        length: int,
+        detail: tuple[tuple[str, str | int], ...],
+    ) -> None:
+        self._changes.tell(file, _event(file, kind, actor, via, offset, length, detail))
+
+
+def _event(
+    file: RegionFile,
+    kind: EventKind,
+    actor: Actor,
+    via: str,
+    offset: int,
+    length: int,
+    detail: tuple[tuple[str, str | int], ...],
+) -> Event:
+    return Event(kind, file.region.name, actor, via, offset, length, detail)
+
+
+def _watch(args: NotifyArgs) -> Watch:
+    return Watch(
+        args.region_offset,
+        args.region_offset + args.size,
+        NotifyEvent(args.events),
+        NotifyMode(args.mode),
+        args.signo,
+        args.timeout_ms,
+        OnTimeout(args.on_timeout),
+    )
+
+
+def _armed(args: NotifyArgs) -> tuple[tuple[str, str | int], ...]:
+    names = [name for bit, name in ((1, "write"), (2, "read")) if args.events & bit]
+    watched = ("watched", ",".join(names) or "nothing")
+    return (watched, ("mode", NotifyMode(args.mode).name.lower())) if names else (watched,)
+
+
+def _signalled(watch: Watch) -> tuple[tuple[str, str | int], ...]:
+    return (("mode", "signal"), ("signo", watch.signo))
+
+
+def _held(watch: Watch) -> tuple[tuple[str, str | int], ...]:
+    on_timeout = watch.on_timeout.name.lower()
+    return (("mode", "hold"), ("timeout_ms", watch.timeout_ms), ("on_timeout", on_timeout))
