@@ -82,10 +82,10 @@ def start_mount(tmp_path) -> Iterator[Callable[..., Served]]:
         pytest.skip("/dev/fuse is missing")
     started: list[Served] = []
 
-    def start(options: str = "") -> Served:
+    def start(options: str = "", place: Path | None = None) -> Served:
         if GATE and "gate=" not in options:
             options += f"{',' if options else ''}gate={GATE}"
-        place = tmp_path / f"mnt{len(started)}"
+        place = place or tmp_path / f"mnt{len(started)}"
         place.mkdir()
         log = tmp_path / f"log{len(started)}"
         readable, writable = os.pipe()
