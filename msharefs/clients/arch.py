@@ -55,6 +55,7 @@ class Registers(ctypes.Structure):
     r9: int
     r10: int
     rax: int
+    rcx: int
     rdx: int
     rsi: int
     rdi: int
@@ -87,6 +88,12 @@ class Registers(ctypes.Structure):
     def skip(self) -> None:
         """At the entry of a system call: it is not to be made. Its result is set at its exit."""
         self.orig_rax = _NO_CALL
+
+
+def restart(registers: Registers, number: int) -> None:
+    """At the exit of a call that was skipped: let the kernel have it made after all, anew."""
+    registers.orig_rax = number
+    registers.set_result(-_ERESTARTNOINTR)
 
 
 RESULT_OFFSET: Final = Registers.rax.offset  # type: ignore[attr-defined] # ctypes' field descriptor
@@ -134,10 +141,12 @@ class Number(IntEnum):
     RT_SIGSUSPEND = 130
     FUTEX = 202
     IO_GETEVENTS = 208
+    RESTART_SYSCALL = 219
     SEMTIMEDOP = 220
     CLOCK_NANOSLEEP = 230
     EPOLL_WAIT = 232
     OPENAT = 257
+    PSELECT6 = 270
     PPOLL = 271
     SPLICE = 275
     EPOLL_PWAIT = 281
@@ -192,6 +201,14 @@ def is_64_bit(registers: Registers) -> bool:
 def after_call(registers: Registers) -> int:
     """Where the instruction stands that the thread entered the kernel by, if it was ``syscall``."""
     return (registers.rip - len(SYSCALL_INSTRUCTION)) & _MASK
+
+
+def entered_by_syscall(registers: Registers) -> bool:
+    """Whether the thread is known to be in the kernel by a ``syscall``; if not, it may be as well.
+
+    The instruction leaves the address that follows it in rcx; int 0x80 leaves rcx alone.
+    """
+    return registers.rcx == registers.rip and registers.number >= 0
 
 
 def prepare_call(
@@ -282,6 +299,8 @@ _RESTARTED_BY_THE_KERNEL: Final = frozenset(
         Number.POLL,
         Number.PPOLL,
         Number.SELECT,
+        Number.PSELECT6,
+        Number.RESTART_SYSCALL,
         Number.NANOSLEEP,
         Number.CLOCK_NANOSLEEP,
         Number.READ,

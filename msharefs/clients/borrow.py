@@ -1,16 +1,17 @@
 """Borrow a thread of another process for a few system calls; give it back exactly as it was.
 
-The thread is seized and stopped, its registers and signal mask are noted, all its signals blocked,
-and it makes system calls at a ``syscall`` instruction: the one by which it entered the kernel or,
-stopped in its own code, one of the vdso. Nothing is written to its memory. Then everything is put
-back and the thread is let go: an interrupted call is restarted by the kernel, time-outs included;
-a signal that came meanwhile is delivered then, once, with all that belongs to it; a group stop
-stays in force; nobody who waits for the process sees anything.
+The thread is seized and stopped, its registers are noted, and it makes system calls at a
+``syscall`` instruction: the one by which it entered the kernel or, stopped in its own code, one of
+the vdso. Nothing is written to its memory. Then its registers are put back and it is let go: an
+interrupted call is restarted by the kernel, time-outs included; a group stop stays in force;
+nobody who waits for the process sees anything.
 
-Signals are blocked, not passed on, because a signal must not be delivered to registers that are
-not the program's own; the kernel keeps them better than we could. The calls are followed by
-PTRACE_SYSCALL, not by single steps: a step ends in a SIGTRAP that the kernel forces upon the
-thread, which would end an SIG_IGN or a block that the program has set up for it.
+A signal that is delivered meanwhile must not find registers that are not the program's own. So
+when one is about to be, the thread gets its registers back, the kernel delivers it (once, with all
+that belongs to it, on whichever stack), and the thread is stopped and borrowed anew before the
+handler's first instruction. The calls are followed by PTRACE_SYSCALL, not by single steps: a step
+ends in a SIGTRAP that the kernel forces upon the thread, which would end an SIG_IGN or a block
+that the program has set up for it.
 
 What cannot be had is reported (:attr:`Borrowed.disturbed`): a call that the kernel never restarts
 and that has a time-out returns EINTR, a write that was under way a short count, as they would
@@ -29,13 +30,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import signal
 import struct
 from time import monotonic
 from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 from msharefs.clients import arch
 from msharefs.clients.arch import Effect, Number, Registers
-from msharefs.clients.ptrace import ALL_BLOCKED, Busy, Changed, Gone, Tracee, status_field
+from msharefs.clients.gone import Gone
+from msharefs.clients.ptrace import Busy, Changed, Tracee, status_field
 from msharefs.clients.tracer import Session, TimedOut, pause
 from msharefs.region.errors import ClientStuck, NotAdoptable
 
@@ -74,15 +77,19 @@ def borrow(pid: int, body: Body[T], *, limit: float = 1.0) -> Session[T]:
     thread = Borrowed(pid, tracee)
     try:
         thread.take()
-        result = yield from body(thread)
+        try:
+            result = yield from body(thread)
+        except Exception:
+            if tracee.stopped:
+                yield from thread.forget()
+            raise
         yield from thread.forget()
     except TimedOut:
         raise ClientStuck(f"process {pid} did not finish a call in time") from None
     finally:
         if tracee.seized and tracee.stopped:
             with contextlib.suppress(Gone):
-                thread.put_back()
-                tracee.detach()
+                thread.let_go()
     return result
 
 
@@ -102,43 +109,53 @@ class Borrowed:
         self.disturbed = False
         """Whether the program will see that its call was interrupted; unavoidably."""
         self._work = Registers()
-        self._mask = 0
         self._instruction = 0
         self._scratch: list[tuple[int, int]] = []
         self._suspended = False
-        self._taken = False
+        self._dirty = False  # the thread's registers are not what is in saved
 
     @property
     def tid(self) -> int:
         return self.tracee.tid
 
     def take(self) -> None:
-        """Note what the thread has; block its signals. Raises NotAdoptable, Gone."""
+        """Note what the thread has, find out whether it may be used. Raises NotAdoptable, Gone."""
         tracee, saved = self.tracee, self.saved
         tracee.read_registers(saved)
         if not arch.is_64_bit(saved):
             raise NotAdoptable("a 32-bit process")
         if tracee.filtered():
             raise NotAdoptable("a seccomp filter is in force")
-        self._instruction = self._find_instruction()
-        self.disturbed = arch.settle(saved, self.read) is Effect.DISTURBED
-        self._mask = tracee.signal_mask()
         # Strict mode kills, and is not seen above; where seccomp cannot be suspended, look.
         self._suspended = tracee.suspend_seccomp(suspended=True)
         if not self._suspended and status_field(tracee.tid, "Seccomp") not in {"0", ""}:
             raise NotAdoptable("seccomp is in force")
-        self._taken = True
-        tracee.set_signal_mask(ALL_BLOCKED)
+        self._instruction = self._find_instruction()
+        self._settle()
 
     def put_back(self) -> None:
-        """Registers and signal mask as they were. The thread stays stopped and seized."""
-        if not self._taken:
-            return
-        self._taken = False
-        self.tracee.set_registers(self.saved)
-        self.tracee.set_signal_mask(self._mask)
+        """Everything as it was. The thread stays stopped and seized."""
+        self._restore()
         if self._suspended:
+            self._suspended = False
             self.tracee.suspend_seccomp(suspended=False)
+
+    def let_go(self) -> None:
+        """Put back and detach; at any stop but a signal's."""
+        self._restore()
+        self.tracee.detach()
+
+    def _restore(self) -> None:
+        if self._dirty:
+            self._dirty = False
+            self.tracee.set_registers(self.saved)
+
+    def _settle(self) -> None:
+        before = self.saved.rax
+        if arch.settle(self.saved, self.read) is Effect.DISTURBED:
+            self.disturbed = True
+        if self.saved.rax != before:
+            self.tracee.set_registers(self.saved)
 
     def call(self, number: int, *arguments: int) -> Session[int]:
         """Make a system call: its result, or minus an errno. Raises Gone, TimedOut."""
@@ -146,12 +163,23 @@ class Borrowed:
         while True:
             ctypes.memmove(ctypes.byref(registers), ctypes.byref(self.saved), _SIZE)
             arch.prepare_call(registers, self._instruction, number, arguments)
+            self._dirty = True
             tracee.set_registers(registers)
             tracee.rest = self._put_back_late
-            yield from self._to_system_call()
-            yield from self._to_system_call()
+            tracee.to_system_call()
+            stop = yield tracee
+            while stop.interrupt or stop.signal == signal.SIGSTOP:
+                # The thread runs although its process is being stopped; once let go, it stops.
+                tracee.to_system_call(stop.signal)
+                stop = yield tracee
+            if stop.signal:
+                yield from self._deliver(stop.signal)
+                continue
+            tracee.to_system_call()
+            yield tracee
             tracee.rest = None
             result = tracee.result()
+            self._restore()  # at once: should this process die, the kernel lets go of the thread
             if not arch.was_interrupted(result):
                 return result
 
@@ -192,20 +220,21 @@ class Borrowed:
         except (FileNotFoundError, ProcessLookupError):
             raise Gone(f"thread {self.tid}") from None
 
-    def _to_system_call(self) -> Session[None]:
+    def _deliver(self, number: int) -> Session[None]:
+        """A signal came before the call: let the program have it, and borrow the thread anew."""
+        self._restore()
         tracee = self.tracee
-        tracee.to_system_call()
-        while True:
-            stop = yield tracee
-            if stop.syscall:
-                return
-            # Group stops and their ends pass by; SIGSTOP is the one signal that is not blocked.
-            tracee.to_system_call(stop.signal)
+        tracee.rest = None
+        tracee.interrupt()
+        tracee.go_on(number)
+        yield from _first_stop(tracee)
+        tracee.read_registers(self.saved)
+        self._settle()
 
     def _find_instruction(self) -> int:
         if self.saved.number >= 0:
             address = arch.after_call(self.saved)
-            if self.tracee.word(address)[:2] == _SYSCALL:
+            if arch.entered_by_syscall(self.saved) or self.tracee.word(address)[:2] == _SYSCALL:
                 return address
         address = _vdso_instruction.get(self.pid, 0)
         if not address or self.tracee.word(address)[:2] != _SYSCALL:
@@ -224,17 +253,14 @@ class Borrowed:
         tracee.interrupt()
         while True:
             stop = yield tracee
-            if stop.signal:
-                tracee.to_system_call(stop.signal)
-            elif stop.syscall and tracee.at_entry():
-                registers = tracee.registers()
-                registers.skip()
-                tracee.set_registers(registers)
-                tracee.to_system_call()
-            else:
-                self.put_back()
-                tracee.detach()
-                return
+            if not stop.syscall or not tracee.at_entry():
+                break
+            registers = tracee.registers()
+            registers.skip()
+            tracee.set_registers(registers)
+            tracee.to_system_call()
+        self._restore()
+        tracee.detach(stop.signal)
 
 
 _vdso_instruction: dict[int, int] = {}
@@ -330,7 +356,7 @@ def _threads(pid: int) -> list[int]:
         if os.stat(place).st_nlink == 3:  # noqa: PTH116 - "." and ".." and one thread: no list needed
             return [pid]
         return [int(name) for name in os.listdir(place)]  # noqa: PTH208 - half the cost
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return []
 
 

@@ -16,7 +16,8 @@ At an exit it may be borrowed for calls of ours (:class:`msharefs.clients.borrow
 Promises: signals are delivered to the thread as they come; what it forks or starts is not traced;
 one that is stopped by SIGSTOP or becomes another program is let go at once (:class:`LetGo`). At
 the deadline TimedOut is raised; then, as at any other time, :meth:`Followed.let_go` lets it go,
-a call that it waits in being restarted. If this process dies, the thread goes on by itself.
+a call that it waits in being restarted. If this process dies, the thread goes on by itself; if it was
+stopped at the entry of a call that the kernel never restarts, that returns EINTR (signal(7)).
 """
 
 from __future__ import annotations
@@ -63,18 +64,25 @@ class Followed:
         while True:
             stop = yield tracee
             self._check(stop)
-            registers = registers or tracee.registers()
+            now = tracee.registers()
+            registers = registers or now
             if stop.interrupt:
+                self._settle(now)
                 return registers
             tracee.interrupt()
             tracee.go_on(stop.signal)
 
     def entry(self) -> Session[Registers]:
         """Let it run to the entry of its next system call; from an exit, or a first stop."""
-        self.tracee.to_system_call()
-        while not (yield from self._stop()).syscall:
-            pass
-        return self.tracee.registers()
+        tracee = self.tracee
+        number = 0
+        while True:
+            tracee.to_system_call(number)
+            stop = yield tracee
+            self._check(stop)
+            if stop.syscall:
+                return tracee.registers()
+            number = stop.signal  # it is delivered; 0 at an interrupt, or the end of a group stop
 
     def exit(self) -> Session[Registers]:
         """From an entry: let it make the call and stop at its exit."""
@@ -96,31 +104,41 @@ class Followed:
         tracee = self.tracee
         if not tracee.seized:
             return
-        number = 0
-        if not tracee.stopped:
+        signal = 0
+        if tracee.stopped:
+            if tracee.at_entry():
+                yield from self._back_out()
+        else:
             tracee.interrupt()
             tracee.deadline = monotonic() + _LAST_WAIT
             try:
-                number = (yield tracee).signal
+                signal = (yield tracee).signal
             except TimedOut:
                 return  # the tracer lets go of it as soon as it stops
-            registers = tracee.registers()
-            if registers.number >= 0:
-                before = registers.rax
-                arch.settle(registers, _nothing)
-                if registers.rax != before:
-                    tracee.set_registers(registers)
-        tracee.detach(number)
+            if tracee.at_entry():
+                yield from self._back_out()
+            else:
+                self._settle(tracee.registers())
+        tracee.detach(signal)
 
-    def _stop(self) -> Session[Stop]:
-        """The next stop that is not a signal's; the thread stays stopped."""
+    def _back_out(self) -> Session[None]:
+        """From an entry to before it: who is let go in a call finds it interrupted (signal(7))."""
         tracee = self.tracee
-        while True:
-            stop = yield tracee
-            self._check(stop)
-            if not stop.signal:
-                return stop
-            tracee.to_system_call(stop.signal)
+        registers = tracee.registers()
+        number = registers.number
+        self.skip(registers)
+        tracee.deadline = monotonic() + _LAST_WAIT
+        tracee.to_system_call()
+        yield tracee
+        tracee.read_registers(registers)
+        arch.restart(registers, number)
+        tracee.set_registers(registers)
+
+    def _settle(self, registers: Registers) -> None:
+        before = registers.rax
+        arch.settle(registers, _nothing)
+        if registers.rax != before:
+            self.tracee.set_registers(registers)
 
     def _check(self, stop: Stop) -> None:
         if stop.group or stop.exec:

@@ -17,6 +17,7 @@ import signal
 from typing import TYPE_CHECKING, Final
 
 from msharefs.clients.arch import RESULT_OFFSET, Registers
+from msharefs.clients.gone import Gone
 from msharefs.region.errors import NotAdoptable
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ _SETOPTIONS: Final = 0x4200
 _GETEVENTMSG: Final = 0x4201
 _SEIZE: Final = 0x4206
 _INTERRUPT: Final = 0x4207
-_GETSIGMASK: Final = 0x420A
-_SETSIGMASK: Final = 0x420B
 _SECCOMP_GET_FILTER: Final = 0x420C
 _GET_SYSCALL_INFO: Final = 0x420E
 
@@ -62,13 +61,6 @@ _WNOTHREAD: Final = 0x2000_0000
 _SYSCALL_STOP: Final = signal.SIGTRAP | 0x80
 _EVENT_EXEC: Final = 4
 _EVENT_STOP: Final = 128
-
-ALL_BLOCKED: Final = (1 << 64) - 1
-"""A signal mask; the kernel lets SIGKILL and SIGSTOP through all the same."""
-
-
-class Gone(Exception):
-    """The thread, process or address space has ended: nothing to do, and no error."""
 
 
 class Changed(Gone):
@@ -193,17 +185,6 @@ class Tracee:
             if code:
                 self._fail("read memory")
         return value.to_bytes(8, "little", signed=True)
-
-    def signal_mask(self) -> int:
-        """The blocked signals, bit N-1 for signal N; in a call like ppoll(2), those outside it."""
-        mask = ctypes.c_ulong()
-        if _ptrace(_GETSIGMASK, self.tid, 8, ctypes.byref(mask)) == -1:
-            self._fail("read the signal mask")
-        return mask.value
-
-    def set_signal_mask(self, mask: int) -> None:
-        if _ptrace(_SETSIGMASK, self.tid, 8, ctypes.byref(ctypes.c_ulong(mask))) == -1:
-            self._fail("set the signal mask")
 
     def filtered(self) -> bool:
         """Whether a seccomp filter is in force, or strict mode where that can be told."""

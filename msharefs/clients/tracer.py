@@ -33,7 +33,8 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar
 
 import trio
 
-from msharefs.clients.ptrace import Gone, Stop, Tracee, poll, stop_of, stray
+from msharefs.clients.gone import Gone
+from msharefs.clients.ptrace import Stop, Tracee, poll, stop_of, stray
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
