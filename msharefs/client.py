@@ -413,8 +413,18 @@ class RegionFile:
 
     def clients(self) -> set[int]:
         """The processes that map it, from ``clients``."""
-        lines = (self.control / "clients").read_text(errors="replace").splitlines()
-        return {int(line.split()[0]) for line in lines}
+        return {client.pid for client in self.client_mappings()}
+
+    def client_mappings(self) -> list[ClientMapping]:
+        """Each mapping of it in each process, from ``clients``."""
+        return parse_clients((self.control / "clients").read_text(errors="replace"))
+
+    def decide(self, seq: int, *, allow: bool) -> None:
+        """Let an access go that is held, or deny it. ``seq`` is that of its ``hold`` event.
+
+        Raises FileNotFoundError if nothing is held under that number (any more).
+        """
+        _decide(self.control / "events", seq, allow=allow)
 
     def events(self, *, timeout: float | None = None, history: bool = False) -> EventStream:
         """As :func:`events`."""
@@ -448,6 +458,61 @@ def _parse_maps_line(line: str) -> Mapping:
         object_dev=(major, minor),
         object_ino=int(found["ino"]),
     )
+
+
+@attrs.frozen
+class ClientMapping:
+    """``[start, end)`` of a process's address space shows the region from ``offset``. Bytes.
+
+    ``prot`` is what that mapping allows as the system sees it. ``state``: ``replica`` (it is what
+    the region's table says), ``fault`` (parts of it are enforced by faults), ``unenforced`` and
+    then ``why``. ``armed`` ranges are caught in the process, ``faults`` accesses have been.
+    """
+
+    pid: int
+    start: int
+    end: int
+    prot: Prot
+    offset: int
+    state: str
+    why: str
+    armed: int
+    faults: int
+    comm: str
+
+
+def parse_clients(text: str) -> list[ClientMapping]:
+    """The lines of a ``clients`` file. Raises ValueError for a line that is none."""
+    found: list[ClientMapping] = []
+    for line in text.splitlines():
+        pid, addresses, prot, offset, state, armed, faults, comm = line.split(" ", 7)
+        start, end = addresses.split("-")
+        name, _, why = state.partition(":")
+        found.append(
+            ClientMapping(
+                int(pid),
+                int(start, 16),
+                int(end, 16),
+                Prot.parse(prot[:3]),
+                int(offset, 16),
+                name,
+                re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), why),
+                int(armed),
+                int(faults),
+                comm,
+            )
+        )
+    return found
+
+
+def _decide(path: AnyPath, seq: int, *, allow: bool) -> None:
+    word = b"allow" if allow else b"deny"
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        with _about(os.fspath(path)):
+            os.write(fd, b"%s %d\n" % (word, seq))
+    finally:
+        os.close(fd)
 
 
 @attrs.frozen

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _COMMON = {"seq", "time", "region", "event", "offset", "length", "pid", "tid", "comm", "via"}
+_ACCESSES = {"fault", "deny", "hold", "release"}
 
 
 @define(
@@ -74,9 +75,15 @@ def command(
 def _text(event: Mapping[str, Any]) -> str:
     clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
     stamp = f"{clock}.{int(event['time'] % 1 * 1e6):06d}"
-    if event["event"] == "overflow":
+    kind = event["event"]
+    if kind == "overflow":
         return f"{stamp} overflow: {event['lost']} events were lost, this reader is too slow"
     where = f"{event['offset']:#x}+{event['length']:#x} " if event["length"] else ""
+    if kind in _ACCESSES:  # where a load or store begins is known, not how long it is
+        where = f"{event['offset']:#x} " if event["length"] == 1 else where
+        where = f"{event['via']} at {where}"
+    if kind == "hold":  # whoever reads it has to answer with it
+        where = f"{event['seq']} {where}"
     more = " ".join(f"{key}={value}" for key, value in event.items() if key not in _COMMON)
     who = f"{event['comm']}({event['pid']})"
-    return f"{stamp} {event['region']} {event['event']} {where}{more} by {who}".replace("  ", " ")
+    return f"{stamp} {event['region']} {kind} {where}{more} by {who}".replace("  ", " ")

@@ -43,7 +43,7 @@ from msharefs.service.nodes import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from msharefs.clients.census import MappedRange
     from msharefs.region.mapping import Mapping
@@ -197,17 +197,39 @@ def _maps_line(mapping: Mapping) -> str:
     )
 
 
-def clients_text(found: list[MappedRange]) -> Iterator[bytes]:
-    """``PID START-END PROT OFFSET STATE COMM``, a line for each mapping of the region.
+@attrs.frozen
+class Standing:
+    """How a process that maps a region stands to its table.
 
-    The state is ``unenforced``: the process maps the region's memory, and what it may do there
-    is up to its own mapping.
+    ``state``: ``replica`` (its mapping is what the table says), ``fault`` (parts of it are enforced
+    by faults), or ``unenforced``, and then ``why``. ``armed``: how many ranges are caught in it;
+    ``faults``: how many accesses have been.
+    """
+
+    state: str = "unenforced"
+    why: str = "the mount has no gate"
+    armed: int = 0
+    faults: int = 0
+
+
+def clients_text(
+    found: Iterable[MappedRange], standing: Callable[[int], Standing | None]
+) -> Iterator[bytes]:
+    r"""``PID START-END PROT OFFSET STATE ARMED FAULTS COMM``, a line for each mapping of the region.
+
+    Numbers as in /proc/PID/maps. STATE of an unenforced process is ``unenforced:WHY``, in which a
+    space is written ``\040`` and a backslash ``\134``, as in proc_pid_mounts(5). ``standing``
+    tells of a process, None if nothing is known of it.
     """
     for mapped in sorted(found, key=lambda m: (m.pid, m.start)):
         sharing = "s" if mapped.shared else "p"
+        known = standing(mapped.pid) or Standing(why="not found yet")
+        why = known.why.replace("\\", "\\134").replace(" ", "\\040").replace("\n", "\\012")
+        state = f"{known.state}:{why}" if known.state == "unenforced" and why else known.state
         yield (
             f"{mapped.pid} {mapped.start:012x}-{mapped.end:012x} {mapped.prot.text()}{sharing}"
-            f" {mapped.offset:08x} unenforced {command_name(mapped.pid)}\n"
+            f" {mapped.offset:08x} {state} {known.armed} {known.faults}"
+            f" {command_name(mapped.pid)}\n"
         ).encode()
 
 

@@ -27,7 +27,7 @@ from msharefs.clients.identity import identify
 from msharefs.region.errors import RegionError
 from msharefs.region.events import NOBODY, Actor, Event, EventKind
 from msharefs.service import control
-from msharefs.service.control import ControlNode, ControlTree, Slot
+from msharefs.service.control import ControlNode, ControlTree, Slot, Standing
 from msharefs.service.errors import (
     IsADirectory,
     NotALink,
@@ -58,7 +58,7 @@ from msharefs.service.nodes import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pyfuse3 import (
         PollHandle,
@@ -102,6 +102,8 @@ class Filesystem(pyfuse3.Operations):
         self._changes = changes
         self._store = store
         self._holds = holds
+        self.standing: Callable[[int, int], Standing | None] = lambda _ino, _pid: Standing()
+        """How a process stands to a region; set where that is known."""
 
     # -- names
 
@@ -381,7 +383,7 @@ class Filesystem(pyfuse3.Operations):
         if node.slot is Slot.STATS:
             return TextHandle(control.stats_text(file, self._changes.state(file)))
         found = await trio.to_thread.run_sync(self._changes.census, file.ino)
-        return TextHandle(control.clients_text(found))
+        return TextHandle(control.clients_text(found, lambda pid: self.standing(file.ino, pid)))
 
     def close(self, number: int) -> None:
         """Let go of an open file; told of it twice, by the router first, so that is no error."""
