@@ -31,7 +31,7 @@ from msharefs.clients.procmap import READ_FLAGS, MappedRange, all_mappings, shar
 from msharefs.clients.space import by_inode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Container, Iterable, Iterator
 
 __all__ = ["Census", "Found", "MappedRange", "mapped_ranges", "process_ids"]
 
@@ -84,10 +84,13 @@ class Census:
         os.close(self._proc)
         os.close(self._loadavg)
 
-    def full(self, *, private: bool = False) -> list[Found]:
-        """Everyone who maps something. ``private``: also those with MAP_PRIVATE mappings alone."""
+    def full(self, *, private: bool = False, known: Container[int] = ()) -> list[Found]:
+        """Everyone who maps something. ``private``: also those with MAP_PRIVATE mappings alone.
+
+        ``known`` are processes that are not looked at.
+        """
         with self._lock:
-            return self._full(private=private)
+            return self._full(private=private, known=known)
 
     def fresh(self, *, private: bool = False) -> list[Found]:
         """Those among the processes that are new since the last look of either kind."""
@@ -102,6 +105,11 @@ class Census:
                 self._seen = {number for number in self._seen if number > self._floor}
             return self._look_at(new, private=private)
 
+    def at(self, pid: int, *, private: bool = False) -> Found | None:
+        """What one process maps; None if nothing."""
+        mapped = self._look(pid, f"{pid}/maps", private)
+        return Found(pid, by_inode(mapped)) if mapped else None
+
     def last_pid(self) -> int:
         """The number given to a process or thread last, in our pid namespace.
 
@@ -111,7 +119,7 @@ class Census:
 
     # -- looking
 
-    def _full(self, *, private: bool) -> list[Found]:
+    def _full(self, *, private: bool, known: Container[int] = ()) -> list[Found]:
         self._looked = self._marked = time.monotonic()
         self._limit = int((_PROC / "sys/kernel/pid_max").read_text())
         self._forks = _forks()
@@ -119,15 +127,12 @@ class Census:
         self._mark = last = self._given_out()
         self._floor = last - LAP  # whoever is not to be seen yet is new when he is
         self._seen = {self._number(pid, last) for pid in ids}
-        return self._look_at(ids, private=private)
+        return self._look_at((pid for pid in ids if pid not in known), private=private)
 
     def _look_at(self, ids: Iterable[int], *, private: bool) -> list[Found]:
-        us, look = self._us, self._look
-        return [
-            Found(pid, by_inode(mapped))
-            for pid in ids
-            if pid != us and (mapped := look(pid, f"{pid}/maps", private))
-        ]
+        us, at = self._us, self.at
+        looks = (at(pid, private=private) for pid in ids if pid != us)
+        return [found for found in looks if found is not None]
 
     def _look(self, pid: int, path: str, private: bool) -> list[MappedRange] | None:
         try:

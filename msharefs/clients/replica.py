@@ -34,9 +34,9 @@ _CACHED_LAYOUTS: Final = 64
 _Layout = tuple[tuple[int, int, int, "Prot"], ...]
 
 
-@attrs.frozen
+@attrs.define(unsafe_hash=True)
 class Protect:
-    """mprotect(address, size, prot). Bytes."""
+    """mprotect(address, size, prot). Bytes. A value, though not frozen, as MappedRange."""
 
     address: int
     size: int

@@ -24,11 +24,14 @@ from msharefs.clients.space import AddressSpace
 from msharefs.region.mapping import PROTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from msharefs.abi import Prot
     from msharefs.clients.census import Census, Found
     from msharefs.clients.procmap import MappedRange
+
+
+_Files = dict[int, list["MappedRange"]]
 
 
 class State(StrEnum):
@@ -104,6 +107,10 @@ class Client:
     sharers: list[int] = attrs.field(factory=list)
     """Other processes that were seen to have this same address space."""
     userfault: Closable | None = None
+    files: dict[int, list[MappedRange]] = attrs.field(factory=dict)
+    """What it had mapped of the mount, by inode, when a full survey last looked."""
+    met: int = 0
+    """Goes up each time that it is added."""
 
     @property
     def pid(self) -> int:
@@ -160,43 +167,67 @@ class Roster:
         """Take a census and put everyone it finds on the roster; who was not on it before.
 
         Once it returns, whoever mapped a region when it was called is on the roster, even if
-        another task's survey found them. ``full`` also lets go of regions that a client has
-        unmapped. ``private`` as for :class:`~msharefs.clients.census.Census`.
+        another task's survey found them. ``full`` looks at everyone, not at new processes alone:
+        each client is also attached to what it maps by now, detached from what it has unmapped,
+        and forgotten if it has become another program; what it maps is left in ``Client.files``.
+        ``private`` as for :class:`~msharefs.clients.census.Census`.
         """
         async with self._surveying:
-            before = list(self) if full else []
-            found, left = await trio.to_thread.run_sync(self._look, full, private, before)
-            for client, files in left:
-                for inode in [i for i in client.regions if i not in files]:
-                    self.detach(client, inode)
+            before = [(client, client.met) for client in self] if full else []
+            found, looks = await trio.to_thread.run_sync(self._look, full, private, before)
+            for client, met, files in looks:
+                self._update(client, met, files)
             new: list[Client] = []
             for one in found:
-                regions = [i for i in one.files if self._is_region is None or self._is_region(i)]
+                regions = self._regions(one.files)
                 if regions:
                     known = self.added
                     try:
                         client = self.add(one.pid, regions)
                     except (Gone, PermissionError):
                         continue
+                    client.files = one.files
                     if self.added != known:
                         new.append(client)
             return new
 
     def _look(
-        self, full: bool, private: bool, before: list[Client]
-    ) -> tuple[list[Found], list[tuple[Client, Container[int]]]]:
-        """In a thread: the census, and what those map now whom it did not find mapping the same."""
-        found = (self._census.full if full else self._census.fresh)(private=private)
-        maps = {one.pid: one.files for one in found}
-        left: list[tuple[Client, Container[int]]] = []
-        for client in before:
-            if client.regions.keys() <= maps.get(client.pid, {}).keys():
-                continue
+        self, full: bool, private: bool, before: list[tuple[Client, int]]
+    ) -> tuple[list[Found], list[tuple[Client, int, _Files | None]]]:
+        """In a thread: the census, and what the clients map; None for those that have gone."""
+        if not full:
+            return self._census.fresh(private=private), []
+        known = {client.pid for client, _ in before}
+        found = self._census.full(private=private, known=known)
+        looks: list[tuple[Client, int, _Files | None]] = []
+        for client, met in before:
             try:
-                left.append((client, client.space.files(self._device, private=True)))
+                files = client.space.files(self._device, private=private)
+                if not private and not client.regions.keys() <= files.keys():
+                    files = client.space.files(self._device, private=True)
             except Gone:
-                left.append((client, ()))
-        return found, left
+                looks.append((client, met, None))
+                if other := self._census.at(client.pid, private=private):  # another program
+                    found.append(other)
+            else:
+                looks.append((client, met, files))
+        return found, looks
+
+    def _update(self, client: Client, met: int, files: _Files | None) -> None:
+        """Take down what was seen of a client, unless a gate has met it since."""
+        if client.met != met or self._by_pidfd.get(client.space.fileno()) is not client:
+            return
+        if files is None:
+            if not self._pass_on(client):
+                self.forget(client)
+            return
+        client.files = files
+        self._attach(client, self._regions(files))
+        for inode in [inode for inode in client.regions if inode not in files]:
+            self.detach(client, inode)
+
+    def _regions(self, inodes: Iterable[int]) -> list[int]:
+        return [i for i in inodes if self._is_region is None or self._is_region(i)]
 
     def add(self, pid: int, inodes: Iterable[int]) -> Client:
         """The client that process ``pid`` is, new or known, which maps these regions (too).
@@ -208,11 +239,15 @@ class Roster:
             client = None
         if client is None:
             client = self._admit(AddressSpace(pid))
+        client.met += 1
+        self._attach(client, inodes)
+        return client
+
+    def _attach(self, client: Client, inodes: Iterable[int]) -> None:
         for inode in inodes:
             if inode not in client.regions:
                 client.regions[inode] = Attachment(inode)
-            self._by_region.setdefault(inode, {})[client] = None
-        return client
+                self._by_region.setdefault(inode, {})[client] = None
 
     def _still_has(self, pid: int, client: Client) -> bool:
         """Whether process ``pid`` still has the address space that it is known by."""

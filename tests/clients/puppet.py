@@ -76,6 +76,11 @@ class Puppet:
         self._talk.send(pickle.dumps(("exec", list(command))))
         assert not self._talk.recv(1 << 16), "the socket closes on exec"
 
+    def turn_into_puppet(self) -> None:
+        """It becomes another program, of the same kind."""
+        self._talk.send(pickle.dumps(("again", "")))
+        assert self.run("1") == 1
+
     def kill(self) -> None:
         """Returns once it has ended."""
         os.kill(self.pid, signal.SIGKILL)
@@ -145,6 +150,9 @@ def main() -> None:
         what, code = pickle.loads(data)
         if what == "exec":
             os.execvp(code[0], code)
+        if what == "again":
+            os.set_inheritable(talk.fileno(), True)
+            os.execv(sys.executable, [sys.executable, "-S", *sys.argv[:1], str(talk.fileno())])
         if what == "fork":
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             if pid := os.fork():

@@ -152,6 +152,59 @@ async def test_a_survey_adds_who_was_not_seen_and_drops_who_unmapped(puppets, sh
     assert roster.of_pid(puppet.pid) is None
 
 
+async def test_a_full_survey_sees_what_clients_have_mapped_since(puppets, shm, roster, way):
+    fd, device, inode = shm
+    puppet = puppets(fd)
+    mapping(puppet, fd, prot=1)
+    await roster.survey()
+    client = roster.of_pid(puppet.pid)
+    assert [window.prot for window in client.files[inode]] == [Prot.READ]
+    mapping(puppet, fd)
+    await roster.survey(full=True)
+    assert client.files == client.space.files(device)
+    assert len(client.files[inode]) == 2
+    roster.detach(client, inode)
+    assert len(roster) == 0
+    assert pids(await roster.survey(full=True)) == [puppet.pid]
+
+
+async def test_another_program_that_maps_a_region_as_well(puppets, shm, roster):
+    """Between two looks a client becomes another program, which maps the region too."""
+    fd, _, inode = shm
+    puppet = puppets(fd)
+    mapping(puppet, fd)
+    await roster.survey()
+    client = roster.of_pid(puppet.pid)
+    client.userfault = held = Held()
+    puppet.turn_into_puppet()
+    mapping(puppet, fd, prot=1)
+    (after,) = await roster.survey(full=True)
+    assert after is not client
+    assert after.pid == puppet.pid
+    assert roster.of_region(inode) == [after]
+    assert held.closed == 1
+
+
+async def test_who_is_met_by_a_gate_meanwhile_is_left_alone(puppets, shm, roster, monkeypatch):
+    """A client that has unmapped the region when it is looked at, and maps it anew right then."""
+    fd, _, inode = shm
+    puppet = puppets(fd)
+    address = mapping(puppet, fd)
+    await roster.survey()
+    client = roster.of_pid(puppet.pid)
+    puppet.run(f"munmap({address}, {4 * PAGE})")
+    look = roster._look
+
+    def look_and_map(*arguments):
+        seen = look(*arguments)
+        trio.from_thread.run_sync(roster.add, puppet.pid, [inode])
+        return seen
+
+    monkeypatch.setattr(roster, "_look", look_and_map)
+    await roster.survey(full=True)
+    assert roster.of_region(inode) == [client]
+
+
 async def test_only_regions_count(puppets, shm):
     fd, device, inode = shm
     puppet = puppets(fd)
