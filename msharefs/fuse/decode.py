@@ -30,6 +30,7 @@ from .wire import (
     LSEEK_IN,
     OPEN_IN,
     READ_IN,
+    READ_LOCKOWNER,
     RELEASE_IN,
     SMALL_REPLY,
     UNANSWERED,
@@ -133,9 +134,10 @@ def _fallocate(frame: Frame, size: int, header: _Header) -> FallocateRequest:
 
 def _read(frame: Frame, size: int, header: _Header) -> ReadRequest:
     _need(size, READ_IN.size, header)
-    fh, offset, wanted, _rflags, _owner, file_flags, _pad = READ_IN.unpack_from(frame, IN_SIZE)
+    fh, offset, wanted, flags, _owner, file_flags, _pad = READ_IN.unpack_from(frame, IN_SIZE)
     _, unique, nodeid, uid, gid, pid = header
-    return ReadRequest(unique, nodeid, uid, gid, pid, fh, offset, wanted, file_flags)
+    cached = not flags & READ_LOCKOWNER
+    return ReadRequest(unique, nodeid, uid, gid, pid, fh, offset, wanted, file_flags, cached)
 
 
 def _write(frame: Frame, size: int, header: _Header) -> WriteRequest:

@@ -75,6 +75,9 @@ class BackingTable:
     def __iter__(self) -> Iterator[int]:
         return iter(self._nodes)
 
+    def __contains__(self, nodeid: int) -> bool:
+        return nodeid in self._nodes
+
     def acquire(self, nodeid: int, fh: int, fd: int) -> int:
         """The backing id for an open ``fh`` of ``nodeid``: a new one of ``fd``, or the one it has.
 

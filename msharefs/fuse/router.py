@@ -35,6 +35,7 @@ from .passthrough import BackingDevice, BackingTable, FuseBacking
 from .served import Served
 from .wire import (
     FRAME_BUFFER,
+    NOTIFY_INVAL_INODE,
     OUT_HEADER,
     OUT_SIZE,
     SMALL_REPLY,
@@ -55,6 +56,7 @@ from .wire import (
     Request,
     SeekRequest,
     WriteRequest,
+    build_notification,
     build_reply,
     build_request,
     decode_reply_header,
@@ -117,7 +119,7 @@ class Router:
         self.gone: int | None = None
         self._answers = Answers(device, handlers.errno_of)
         self._released = handlers.released
-        served = Served(handlers, self._answers, self._forward)
+        self._served = served = Served(handlers, self._answers, self._forward)
         self._opening = Opening(handlers.opened, self._answers, self.backing, self)
         self._forwarded: dict[int, _Forwarded] = {}
         self._scope = trio.CancelScope()
@@ -128,7 +130,7 @@ class Router:
         self._routes: dict[type, Callable[[Any, Frame], None]] = {
             IoctlRequest: served.ioctl,
             FallocateRequest: served.fallocate,
-            ReadRequest: served.read,
+            ReadRequest: self._on_read,
             WriteRequest: served.write,
             GetxattrRequest: served.getxattr,
             SeekRequest: served.seek,
@@ -250,6 +252,14 @@ class Router:
         except Exception:
             log.exception("the handler of RELEASE failed")
         self._forward(request, frame)
+
+    def _on_read(self, request: ReadRequest, frame: Frame) -> None:
+        self._served.read(request, frame)
+        if request.cached and request.nodeid in self.backing:
+            # Programs store to the backing file behind the kernel's back: the next splice(2) of
+            # the same pages is to ask again. The notification waits for the answer, if it must.
+            body = NOTIFY_INVAL_INODE.pack(request.nodeid, request.offset, request.size)
+            self.notifier.send(build_notification(NotifyCode.INVAL_INODE, body))
 
     def _on_init(self, request: InitRequest, frame: Frame) -> None:
         self._forward(request, amend_init_request(frame))

@@ -38,6 +38,10 @@ ENTRY_OUT_SIZE: Final = 128
 RELEASE_IN: Final = struct.Struct("<QIIQ")
 READ_IN: Final = struct.Struct("<QQIIQII")
 """fh, offset, size, read_flags, lock_owner, the file's flags, padding. Also READDIR, WRITE."""
+READ_LOCKOWNER: Final = 2
+"""In read_flags: the owner is given, which read(2) of an uncached file gives and a cache does not."""
+NOTIFY_INVAL_INODE: Final = struct.Struct("<Qqq")
+"""node, offset, length: what the kernel is to cache no longer."""
 GETXATTR_IN: Final = struct.Struct("<II")
 """size of the caller's buffer (0: the value's length is asked for), padding; the name follows."""
 GETXATTR_OUT: Final = struct.Struct("<II")
@@ -241,7 +245,11 @@ class FallocateRequest:
 
 @attrs.define
 class ReadRequest:
-    """FUSE_READ of at most ``size`` bytes. ``file_flags`` are the open file's, as of this read."""
+    """FUSE_READ of at most ``size`` bytes. ``file_flags`` are the open file's, as of this read.
+
+    ``cached``: the kernel keeps what it gets. Also of a file that it does not cache for read(2): it
+    is how splice(2), sendfile(2) and their like read a file.
+    """
 
     opcode: ClassVar = Opcode.READ
 
@@ -254,6 +262,7 @@ class ReadRequest:
     offset: int
     size: int
     file_flags: int
+    cached: bool = False
 
     @property
     def nonblocking(self) -> bool:
@@ -437,6 +446,11 @@ def build_ioctl_reply(request: IoctlRequest, result: int, data: bytes) -> bytes:
     if not -MAX_ERRNO <= result < 1 << 31:
         raise ValueError(f"ioctl {request.cmd:#x} cannot return {result}")
     return build_reply(request.unique, IOCTL_OUT.pack(result, 0, 0, 0) + data)
+
+
+def build_notification(code: NotifyCode, body: bytes) -> bytes:
+    """A frame that answers nothing."""
+    return OUT_HEADER.pack(OUT_SIZE + len(body), code, 0) + body
 
 
 def build_request(

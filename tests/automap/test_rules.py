@@ -9,6 +9,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -190,6 +191,31 @@ def test_a_mount_without_a_limit_has_the_one_of_tmpfs(start_mount):
     found = os.statvfs(start_mount("automap").path)
     half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     assert abs(found.f_blocks * found.f_frsize - half) < half // 20
+
+
+def test_sendfile_sees_what_mappings_stored_after_an_earlier_sendfile(automap):
+    fd = os.open(automap.path / "f", os.O_RDWR | os.O_CREAT)
+    os.ftruncate(fd, 4 * PAGE)
+    memory = mmap.mmap(fd, 4 * PAGE)
+    readable, writable = os.pipe()
+
+    def sent():
+        count = os.sendfile(writable, fd, 0, 4 * PAGE)
+        return set(os.read(readable, count))
+
+    late = 0
+    for value in range(1, 100):
+        memory[:] = bytes([value]) * 4 * PAGE
+        # The kernel drops what it has cached for the last one in its own time, not before the
+        # call returns.
+        deadline = time.monotonic() + 20
+        while sent() != {value}:
+            late += 1
+            assert time.monotonic() < deadline
+    print(f"{late} calls of {value} came too early")
+    memory.close()
+    for end in (fd, readable, writable):
+        os.close(end)
 
 
 def test_events_tell_of_growth(automap):
