@@ -135,7 +135,11 @@ struct mshare_query {
 /* ---- MSHAREFS_NOTIFY: watch a range -------------------------------------------------------------
  *
  * Accesses of the kinds in events are reported in the region's events file. What else happens with
- * them, mode says. events MSHAREFS_NOTIFY_DISARM ends the watch.
+ * them, mode says, if the protection allows them; others are denied and reported. What was armed in
+ * the range before is replaced. events MSHAREFS_NOTIFY_DISARM ends the watch; so does unmapping.
+ *
+ * With _HOLD, whoever may write the region writes "allow SEQ" or "deny SEQ" to that file, SEQ being
+ * the number of the event. If nobody has it open, on_timeout holds at once.
  *
  *     EACCES      the region is not open for writing
  *     EINVAL      also: unknown events, mode or on_timeout; signo is no signal; signo, timeout_ms or
@@ -158,7 +162,7 @@ struct mshare_notify {
 #define MSHAREFS_NOTIFY_READ 2   /* events: loads and read(2) */
 
 #define MSHAREFS_NOTIFY_LOG 0    /* mode: report once per page, and let it go on */
-#define MSHAREFS_NOTIFY_SIGNAL 1 /* mode: report, and send the process signo */
+#define MSHAREFS_NOTIFY_SIGNAL 1 /* mode: report, and send the thread signo */
 #define MSHAREFS_NOTIFY_HOLD 2   /* mode: report, and let the thread wait for a decision */
 
 #define MSHAREFS_ON_TIMEOUT_DENY 0  /* what becomes of a held access nobody decided on */
