@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import attrs
 import trio
 
-from msharefs.clients.identity import identify
+from msharefs.clients.identity import identify, parent_of
 from msharefs.clients.lanes import Lane, Workers
 from msharefs.clients.signals import Stand, kill, segv, stand_of
 from msharefs.clients.userfault import (
@@ -56,6 +56,8 @@ PAGE: Final = 4096
 DESCRIPTORS_A_TICK: Final = 64
 RETRY_PAUSE: Final = 0.000_2
 """Seconds. How long a lane leaves an address space alone that was just changing."""
+BURIAL_PAUSE: Final = 0.5
+"""Seconds between two looks at children that nobody has met: each costs a switch to a thread."""
 REST: Final = 0.005
 """Seconds. How long a descriptor is left alone that says nothing new."""
 ACTORS_REMEMBERED: Final = 1024
@@ -221,6 +223,8 @@ class Served:
     """Who waits for which page, by thread."""
     newborn: Served | None = None
     """A child that has got one of its descriptors so far."""
+    parent: Served | None = None
+    """Of a forked child that has not been met yet."""
     lane: Lane = attrs.field(factory=Lane)
     _actors: dict[int, Actor] = attrs.field(factory=dict)
 
@@ -271,14 +275,16 @@ class Faults:
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; every descriptor is closed then."""
         self._token = trio.lowlevel.current_trio_token()
-        task_status.started()
         try:
-            while True:
-                await self._something()
-                for fd, _ in self._epoll.poll(0, DESCRIPTORS_A_TICK):
-                    half = self._halves.get(fd)
-                    if half is not None:
-                        self._take(half)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._bury)
+                task_status.started()
+                while True:
+                    await self._something()
+                    for fd, _ in self._epoll.poll(0, DESCRIPTORS_A_TICK):
+                        half = self._halves.get(fd)
+                        if half is not None:
+                            self._take(half)
         finally:
             self.close()
 
@@ -497,11 +503,44 @@ class Faults:
             parent.newborn = None
             self._attach(child, userfault, spans)
             return
-        child = Served(parent.client, None)
+        child = Served(parent.client, None, parent=parent)
         self._attach(child, userfault, spans)
         others = any(other.spans for other in parent.halves if other is not half)
         parent.newborn = child if others else None
         self._host.forked(parent, child)
+
+    def child(self, pid: int) -> Served | None:
+        """The descriptors of a process that was forked by a client; None if it was not.
+
+        Which of several children that nobody has met is which, nobody tells. They are taken in the
+        order in which they were forked, so ask for processes in that order; all have their
+        parent's mappings still, and one that is met by an access of its own is known for certain.
+        """
+        unmet: list[Served] = []
+        for served in self:
+            if served.pid == pid:
+                return served
+            if served.parent is not None:
+                unmet.append(served)
+        if not unmet:
+            return None
+        above = parent_of(pid)
+        for served in unmet:
+            parent = served.parent
+            if parent is not None and parent.pid in {None, above}:
+                self._meet(served, pid)
+                return served
+        return None
+
+    def _meet(self, served: Served, pid: int) -> None:
+        served.pid, served.parent = pid, None
+
+    async def _bury(self) -> None:
+        """Notice the ends of children that nobody has met; of others, the host is told."""
+        while True:
+            await trio.sleep(BURIAL_PAUSE)
+            for served in [served for served in self if served.parent is not None]:
+                await self.alive(served)
 
     def _abandon(self, served: Served, start: int, end: int) -> None:
         for page in [page for page in served.waiting if start <= page < end]:
@@ -524,8 +563,8 @@ class Faults:
             waiting[fault.tid] = access
             return not known
         served.faults += 1
-        if served.pid is None:
-            served.pid = access.actor.pid or None
+        if served.pid is None and access.actor.pid:
+            self._meet(served, access.actor.pid)
         answer = self._host.judge(access)
         if answer is Answer.GO:
             self._let_go(half, fault)

@@ -38,6 +38,15 @@ def identify(tid: int) -> Actor:
     return Actor(pid, tid, comm)
 
 
+def parent_of(pid: int) -> int:
+    """The process's parent; 0 if it has gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return 0
+    return int(stat.rpartition(") ")[2].split()[1])
+
+
 def duplicate_descriptor(tid: int, fd: int) -> int:
     """Our own duplicate of descriptor ``fd`` of the thread ``tid``, close-on-exec.
 

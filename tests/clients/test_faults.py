@@ -266,6 +266,33 @@ async def test_a_child_of_a_client_with_both_descriptors_has_both(start_toucher)
             os.kill(pid, signal.SIGKILL)
 
 
+async def test_children_that_nobody_met_are_found_by_their_parent_and_buried(
+    start_toucher, monkeypatch
+):
+    monkeypatch.setattr("msharefs.clients.faults.BURIAL_PAUSE", 0.01)
+    toucher, host = start_toucher(), Host(Answer.WAIT)
+    async with serving(host) as faults:
+        client = await served(faults, toucher, STORES)
+        toucher.tell("h 4096")
+        toucher.tell("h 8192")
+        answers = [await toucher.answer(), await toucher.answer()]
+        pids = [int(text.split()[1]) for text in answers]
+        await host.until(lambda: len(host.seen) == 2)
+        children = host.children
+        assert sorted(child.pid for child in children) == sorted(pids), "met by their stores"
+        assert {faults.child(pid) for pid in pids} == set(children)
+        assert faults.child(os.getpid()) is None
+        os.kill(pids[0], signal.SIGKILL)
+        assert not await faults.alive(faults.child(pids[0]))
+        unmet = faults.child(pids[1])
+        unmet.pid, unmet.parent = None, client
+        assert faults.child(pids[1]) is unmet
+        unmet.pid, unmet.parent = None, client
+        os.kill(pids[1], signal.SIGKILL)
+        await host.until(lambda: len(host.over) == 2)
+        assert faults.child(pids[1]) is None
+
+
 async def test_moved_and_unmapped_memory_is_followed(start_toucher):
     toucher, host = start_toucher(), Host()
     async with serving(host) as faults:
