@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import calls
 import click
+import enforce
 import memory
 import table
 from mounts import BenchError, check_possible
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     from samples import Spread
 
 PARTS = ("table", "memory", "calls")
-NEEDS_A_MOUNT = ("memory", "calls")
+ASKED_FOR = ("enforce",)
+"""Takes minutes and 300 processes: never measured unless asked for by name."""
+NEEDS_A_MOUNT = ("memory", "calls", "enforce")
 
 
 @attrs.frozen
@@ -48,7 +51,7 @@ QUICK = Effort(200, 4 << 20, 4, 2, 40)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--only", type=click.Choice(PARTS), help="Measure this part alone.")
+@click.option("--only", type=click.Choice(PARTS + ASKED_FOR), help="Measure this part alone.")
 @click.option("--quick", is_flag=True, help="Few samples: seconds in all, and rough.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
 def main(*, only: str | None, quick: bool, as_json: bool) -> None:
@@ -58,6 +61,7 @@ def main(*, only: str | None, quick: bool, as_json: bool) -> None:
       table   operations on the mapping table at 10, 1,000 and 100,000 mappings
       memory  first touch and bandwidth through a region, against a plain memfd
       calls   ioctls, stat and open+close, against a plain pyfuse3 filesystem
+      enforce PROTECT in 300 processes, adoption, and watched stores (with --only alone: minutes)
 
     Every figure comes as median, 99th percentile and minimum; ratios are of medians. memory and
     calls mount filesystems of their own, need root, and are left out (with the reason) where that
@@ -78,7 +82,8 @@ def main(*, only: str | None, quick: bool, as_json: bool) -> None:
         raise click.ClickException(str(error)) from None
     if as_json:
         result: dict[str, Any] = {"machine": machine(), "quick": quick, "skipped": skipped}
-        result |= {part: [row.as_json() for row in rows] for part, rows in measured.items()}
+        for part, rows in measured.items():
+            result[part] = rows.as_json() if part == "enforce" else [row.as_json() for row in rows]
         print(json.dumps(result, indent=2))
     else:
         # Into a file or a pipe a table is as wide as it needs to be.
@@ -99,9 +104,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _measure(parts: list[str], *, quick: bool) -> dict[str, list[Any]]:
+def _measure(parts: list[str], *, quick: bool) -> dict[str, Any]:
     effort = QUICK if quick else FULL
-    measured: dict[str, list[Any]] = {}
+    measured: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="msharefs-bench.") as name:
         scratch = Path(name)
         for part in parts:
@@ -113,6 +118,10 @@ def _measure(parts: list[str], *, quick: bool) -> dict[str, list[Any]]:
                     measured[part] = memory.measure(
                         scratch, effort.memory_size, effort.memory_rounds, advance
                     )
+            elif part == "enforce":
+                chosen = enforce.QUICK if quick else enforce.FULL
+                with _progress("enforce", chosen.steps) as advance:
+                    measured[part] = enforce.measure(scratch, chosen, advance)
             else:
                 with _progress("calls", effort.call_rounds * len(calls.PLACES)) as advance:
                     measured[part] = calls.measure(
@@ -141,7 +150,7 @@ def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _show(
-    console: Console, measured: dict[str, list[Any]], skipped: dict[str, str], *, quick: bool
+    console: Console, measured: dict[str, Any], skipped: dict[str, str], *, quick: bool
 ) -> None:
     here = machine()
     console.print(
@@ -152,8 +161,10 @@ def _show(
     )
     show = {"table": _table_of_operations, "memory": _table_of_memory, "calls": _table_of_calls}
     for part, rows in measured.items():
-        console.print()
-        console.print(show[part](rows))
+        tables = _tables_of_enforcement(rows) if part == "enforce" else [show[part](rows)]
+        for shown in tables:
+            console.print()
+            console.print(shown)
     for part, reason in skipped.items():
         console.print(f"\n{part}: left out: {reason}", soft_wrap=True, highlight=False)
 
@@ -232,6 +243,74 @@ def _table_of_calls(rows: list[calls.CallRow]) -> Table:
             "" if row.plain is None else _three(row.plain),
             "" if row.ratio is None else f"{row.ratio:.2f}",
             end_section=row.call == list(calls.CALLS)[-1],
+        )
+    return shown
+
+
+def _tables_of_enforcement(measured: enforce.Measured) -> list[Table]:
+    return [
+        _table_of_protect(measured.protect),
+        _table_of_adoption(measured.adopt),
+        _table_of_memory(measured.memory),
+        _table_of_faults(measured.fault, measured.rate),
+    ]
+
+
+def _table_of_protect(rows: list[enforce.ProtectRow]) -> Table:
+    shown = _new_table(
+        f"PROTECT in {rows[0].clients} processes: ms (p50  p99  min)",
+        "peer: each is told by signal, calls mprotect() and confirms; ratio: median of the pairs;"
+        " aim: 1.0 with small pages, 0.5 with huge ones\n"
+        "tables: growth of page tables in kB a process, region and peer",
+        "way",
+        "range",
+        "region",
+        "peer",
+        "ratio",
+        "back",
+        "peer back",
+        "tables",
+    )
+    for row in rows:
+        shown.add_row(
+            row.way,
+            f"{row.size >> 20} MiB, {row.pages}",
+            *(_three(spread.divided(1000), 2) for spread in (row.region, row.peer)),
+            f"{row.ratio:.2f}",
+            *(f"{spread.p50 / 1000:.2f}" for spread in (row.restore, row.restore_peer)),
+            f"{row.tables:+.0f}  {row.tables_peer:+.0f}",
+        )
+    return shown
+
+
+def _table_of_adoption(rows: list[enforce.AdoptRow]) -> Table:
+    shown = _new_table(
+        "Becoming a client: µs (p50  p99  min), a new process each time",
+        "plain: the same on a file of the scratch directory",
+        "first call",
+        *(f"gate={gate}" for gate in enforce.GATES),
+        "plain",
+    )
+    for row in rows:
+        spreads = [*row.gates.values(), row.plain]
+        shown.add_row(enforce.CALLS[row.call], *map(_three, spreads))
+    return shown
+
+
+def _table_of_faults(rows: list[enforce.FaultRow], rates: list[enforce.RateRow]) -> Table:
+    caption = "aim: under 150 µs p50 until the line is read"
+    for rate in rates:
+        caption += (
+            f"\n{rate.stores:,} stores at {rate.rate:,} a second by 8 threads: {rate.reached:,.0f}"
+            f" a second reached, {rate.reported:,} reported, {rate.lost:,} lost"
+        )
+    shown = _new_table(
+        "A store to a watched range, mode log: µs (p50  p99  min)", caption, "until", "µs"
+    )
+    for row in rows:
+        shown.add_row(
+            {"store": "the store is done", "line": "its line is read"}[row.until],
+            _three(row.spread),
         )
     return shown
 

@@ -38,12 +38,12 @@ class MemoryRow:
 
 
 def measure(
-    scratch: Path, size: int, rounds: int, advance: Callable[[int], None]
+    scratch: Path, size: int, rounds: int, advance: Callable[[int], None], options: str = ""
 ) -> list[MemoryRow]:
     """``rounds`` of passes over ``size`` bytes on both sides, in processes of their own."""
     program = compiled("memory.c", scratch)
     samples: dict[tuple[str, str], list[int]] = {}
-    with msharefs_mount(scratch / "msharefs") as mount:
+    with msharefs_mount(scratch / "msharefs", options) as mount:
         # Two passes at a time, so that each side goes first once.
         command = [program, mount.directory / "bench", str(size), "2"]
         for _ in range(rounds):

@@ -77,9 +77,11 @@ def lines_of(command: Sequence[str | Path], expected: str) -> Iterator[list[str]
 
 
 @contextmanager
-def msharefs_mount(directory: Path) -> Iterator[Mount]:
-    """A mount of this checkout's msharefs."""
+def msharefs_mount(directory: Path, options: str = "") -> Iterator[Mount]:
+    """A mount of this checkout's msharefs, with these ``-o`` options."""
     server = [sys.executable, "-m", "msharefs.cli.server", "none", str(directory), "-f"]
+    if options:
+        server += ["-o", options]
     with _served(server, directory) as mount:
         yield mount
 

@@ -39,5 +39,9 @@ class Spread:
         """In microseconds."""
         return cls.of(value / 1000 for value in samples)
 
+    def divided(self, by: float) -> Spread:
+        """In a unit that is ``by`` times as large."""
+        return Spread(self.count, self.min / by, self.p50 / by, self.p99 / by)
+
     def as_json(self, digits: int = 2) -> dict[str, float]:
         return {name: round(value, digits) for name, value in attrs.asdict(self).items()}
