@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar
 import attrs
 
 from msharefs.abi import (
+    PAGE_SIZE,
     Args,
     Command,
     CreateArgs,
@@ -321,7 +322,7 @@ class Region:
 
         Without ``size``: to the end of the region.
         """
-        length = self.size - offset if size is None else size
+        length = -(-(self.size - offset) // PAGE_SIZE) * PAGE_SIZE if size is None else size
         self.ioctl(Command.SYNC, SyncArgs(offset, length))
 
     def info(self) -> Info:

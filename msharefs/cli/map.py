@@ -46,7 +46,8 @@ def command(
 ) -> None:
     """Put memory, or OBJECT (a file), into a region.
 
-    What was in that range before is replaced, unless --noreplace.
+    What was in that range before is replaced, unless --noreplace. OBJECT needs a mount whose
+    features name file_objects (mshare info DIR).
     """
     if anon == (object is not None):
         raise click.UsageError("give either OBJECT or --anon")
@@ -59,7 +60,7 @@ def command(
     with refusing_as("map", region), Region.open(region.path) as opened:
         opened.map(
             offset,
-            opened.size - offset if length is None else length,
+            _whole_pages(opened.size - offset) if length is None else length,
             rights,
             object=object,
             object_offset=object_offset,
@@ -75,4 +76,8 @@ def _rest_of_object(path: str, offset: int) -> int:
     rest = found.st_size - offset
     if rest <= 0:
         raise click.UsageError(f"{path} has {found.st_size} bytes: nothing is left at {offset}")
-    return -(-rest // PAGE_SIZE) * PAGE_SIZE
+    return _whole_pages(rest)
+
+
+def _whole_pages(size: int) -> int:
+    return -(-size // PAGE_SIZE) * PAGE_SIZE

@@ -32,8 +32,10 @@ _ACCESSES = {"fault", "deny", "hold", "release"}
 )
 @click.argument("file", metavar="FILE|DIR", shell_complete=complete_regions)
 @click.option("--json", "as_json", is_flag=True, help="Print the events as they are, one a line.")
-@click.option("--count", type=click.IntRange(min=1), help="End after so many events.")
-@click.option("--timeout", type=click.FloatRange(min=0), help="End after so many seconds.")
+@click.option("--count", metavar="N", type=click.IntRange(min=1), help="End after so many events.")
+@click.option(
+    "--timeout", metavar="SECONDS", type=click.FloatRange(min=0), help="End after so many seconds."
+)
 @click.option("--history", is_flag=True, help="Begin with what the server still remembers.")
 @click.pass_context
 def command(

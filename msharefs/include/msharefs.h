@@ -18,13 +18,18 @@
  *
  * C99 and C++17, 32 and 64 bits. Offsets and sizes are bytes, multiples of the page size (4096).
  * Reserved fields and flags without a meaning must be zero. Each ioctl returns 0, or -1 with errno
- * as listed with it. Every ioctl but MSHAREFS_INFO may also fail with:
+ * as listed with it. Every ioctl may also fail with:
  *
  *     ENOTTY      the file is no region, or the command does not exist
- *     EINVAL      the region has no size yet; a range is empty, unaligned, overflows or reaches past
- *                 the end of the region; a flag has no meaning here; a reserved field is not zero
+ *     EINVAL      but for MSHAREFS_INFO: the region has no size yet; a range is empty, unaligned,
+ *                 overflows or reaches past the end of the region's last page; a flag has no meaning
+ *                 here; a reserved field is not zero
+ *     EFAULT      the argument is not the caller's memory
+ *     EINTR       a signal came while the call had to wait; nothing has changed
  *     EIO         the server failed to do it; its log says why
  *     ENOTCONN, ECONNABORTED    the server has ended
+ *
+ * Why a call was refused, in a sentence, stands in the "refuse" event of .control/NAME/events.
  *
  * MSHAREFS_CREATE_MAPPING and MSHAREFS_UNMAP, and their structs, are those of the kernel's proposed
  * msharefs (version 3 of the series), so that a program needs one source for both. 'x' 00-1F is the
@@ -51,18 +56,19 @@ extern "C" {
 /* ---- MSHAREFS_CREATE_MAPPING: put an object at region_offset ------------------------------------
  *
  * prot is PROT_NONE or any of PROT_READ, PROT_WRITE, PROT_EXEC. flags must hold MAP_SHARED (or
- * MAP_SHARED_VALIDATE) and MAP_FIXED, and may hold MAP_ANONYMOUS (fd is ignored, offset is that
- * within the new memory), MAP_FIXED_NOREPLACE and MAP_NORESERVE. Without MAP_ANONYMOUS, fd is a
- * descriptor of the calling process; it may be closed afterwards. What the range held before is
+ * MAP_SHARED_VALIDATE) and MAP_FIXED, and may hold MAP_ANONYMOUS (memory, zeroed; fd and offset are
+ * ignored), MAP_FIXED_NOREPLACE, and MAP_NORESERVE, which changes nothing. Without MAP_ANONYMOUS, fd
+ * is a descriptor of the calling process; it may be closed afterwards. What the range held before is
  * replaced, as with mmap(MAP_FIXED).
  *
  *     EACCES      the region is not open for writing; fd is not open for reading, or not for writing
  *                 though prot has PROT_WRITE
- *     EBADF       fd is not open
+ *     EBADF       fd is not open, or open with O_PATH
  *     EBUSY       some descriptor or mapping of the region lacks a right that prot would give;
  *                 nothing has changed
  *     EEXIST      MAP_FIXED_NOREPLACE, and something is mapped in the range
- *     EINVAL      also: the object is neither memory nor a regular file, or is itself a region
+ *     EINVAL      also: the object is no regular file, or is a region, secret memory, or a file on
+ *                 hugetlbfs; offset is not a multiple of the page size
  *     ENOSPC      the mount's size= is used up
  *     EOPNOTSUPP  this mount has no file objects (see MSHAREFS_FEATURE_FILE_OBJECTS)
  */
@@ -116,12 +122,12 @@ struct mshare_query {
 	uint32_t reserved;         /* in: zero */
 	uint64_t start;            /* out: where the mapping begins in the region */
 	uint64_t size;             /* out: its length */
-	uint64_t object_offset;    /* out: where its part of the object begins, in the object */
+	uint64_t object_offset;    /* out: where its part of the object begins; 0 for memory */
 	uint64_t object_ino;       /* out: inode number of a file object; 0 for memory */
 	uint32_t object_dev_major; /* out: device of a file object; 0 for memory */
 	uint32_t object_dev_minor; /* out */
 	uint32_t prot;             /* out: PROT_* */
-	uint32_t map_flags;        /* out: MAP_* that it was made with, but for MAP_FIXED */
+	uint32_t map_flags;        /* out: MAP_SHARED, and MAP_ANONYMOUS of memory */
 	uint32_t kind;             /* out: MSHAREFS_KIND_* */
 	uint32_t reserved2;        /* out: zero */
 };
@@ -193,7 +199,8 @@ struct mshare_info_args {
 	uint32_t abi_version; /* out: MSHAREFS_ABI_VERSION */
 	uint32_t gate;        /* out: MSHAREFS_GATE_* */
 	uint64_t features;    /* out: MSHAREFS_FEATURE_* */
-	uint64_t alignment;   /* out: the size of a region is a multiple of this many bytes */
+	uint64_t alignment;   /* out: the size that the kernel series would have is a multiple of this
+	                         many bytes; here any will do, and the last page counts whole */
 	uint64_t page_size;   /* out: offsets and sizes in a region are multiples of this many bytes */
 	uint64_t region_size; /* out: bytes; 0 before the size is set, and of a directory */
 	uint64_t reserved[3]; /* out: zero */

@@ -84,6 +84,13 @@ def test_ioctl_sends_any_command_field_by_field(mshare):
     mshare("ioctl", "@r", "map", "prot=zz", status=2)
 
 
+def test_a_region_of_any_size_is_mapped_to_the_end_of_its_last_page(mshare):
+    mshare("create", "@odd", "--size", "9000")
+    mshare("map", "@odd", "--anon", "--offset", "4K", "--prot", "r--")
+    (found,) = json.loads(mshare("query", "@odd", "--json"))["mappings"]
+    assert (found["start"], found["size"]) == (4096, 8192)
+
+
 def test_watch_follows_events(mshare, mount):
     mshare("create", "@r", "--size", "1M")
     lines = mshare("watch", "@r", "--json", "--history", "--count", "2").splitlines()
