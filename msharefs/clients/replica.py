@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 _CACHED_LAYOUTS: Final = 64
 
-_Layout = tuple[tuple[int, int, int, "Prot"], ...]
+_Numbers = tuple[int, ...]
+_Layout = tuple[_Numbers, _Numbers, _Numbers, tuple["Prot", ...]]
+"""Starts, ends, offsets and protections: four lists, which are made and hashed faster than one."""
 
 
 @attrs.define(unsafe_hash=True)
@@ -70,7 +72,12 @@ class Comparison:
         if not ordered:
             return []
         base = ordered[0].start
-        layout = tuple((w.start - base, w.end - base, w.offset, w.prot) for w in ordered)
+        layout = (
+            tuple([w.start - base for w in ordered]),
+            tuple([w.end - base for w in ordered]),
+            tuple([w.offset for w in ordered]),
+            tuple([w.prot for w in ordered]),
+        )
         calls = self._known.get(layout)
         if calls is None:
             calls = self._calls(layout)
@@ -85,7 +92,7 @@ class Comparison:
         # from the first byte to the last that does not have it yet.
         run_end, run_prot = -1, None
         first, last = 0, 0
-        for start, end, offset, has in layout:
+        for start, end, offset, has in zip(*layout, strict=True):
             shift = start - offset
             top = offset + end - start
             index = max(bisect_right(starts, offset) - 1, 0)
