@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     Reader = Callable[[int, int], bytes]
     """``read(address, size)`` of the tracee's memory; shorter or empty if it cannot be read."""
+    Ours = Callable[[int], bool]
+    """Whether a descriptor of the tracee is a file that this process serves."""
 
 _MASK: Final = (1 << 64) - 1
 _NO_CALL: Final = _MASK
@@ -113,7 +115,9 @@ class Number(IntEnum):
     MUNMAP = 11
     RT_SIGACTION = 13
     IOCTL = 16
+    PREAD64 = 17
     PWRITE64 = 18
+    READV = 19
     WRITEV = 20
     SELECT = 23
     MREMAP = 25
@@ -137,6 +141,7 @@ class Number(IntEnum):
     SEMOP = 65
     MSGRCV = 70
     FCNTL = 72
+    FTRUNCATE = 77
     RT_SIGTIMEDWAIT = 128
     RT_SIGSUSPEND = 130
     FUTEX = 202
@@ -150,6 +155,7 @@ class Number(IntEnum):
     PPOLL = 271
     SPLICE = 275
     EPOLL_PWAIT = 281
+    FALLOCATE = 285
     ACCEPT4 = 288
     DUP3 = 292
     PWRITEV = 296
@@ -173,6 +179,10 @@ class Effect(Enum):
     """The kernel takes the call up again, time-outs included, once the thread goes on."""
     DISTURBED = "disturbed"
     """The program sees EINTR or a short count, as after SIGSTOP and SIGCONT."""
+
+
+def _nobodys(_fd: int) -> bool:
+    return False
 
 
 def supported() -> bool:
@@ -232,7 +242,7 @@ def was_interrupted(result: int) -> bool:
     return -result in _RESTARTS
 
 
-def settle(registers: Registers, read: Reader) -> Effect:
+def settle(registers: Registers, read: Reader, ours: Ours = _nobodys) -> Effect:
     """See to it that the interrupted call, if any, goes on unnoticed; say what could be had.
 
     ``registers`` are those of a thread that was stopped and will be given them back. Calls that
@@ -240,6 +250,7 @@ def settle(registers: Registers, read: Reader) -> Effect:
     (signal(7), the last list); where such a call would wait for ever, its result is turned into
     that of a call which the kernel restarts unless a handler runs. That is exact: a signal that
     does arrive still gives EINTR. Where it has a time-out, nobody knows how much of it is left.
+    A request to a server of ``ours`` that was given up for this, as a whole, is made again as well.
     """
     number = registers.number
     if number < 0:
@@ -248,13 +259,29 @@ def settle(registers: Registers, read: Reader) -> Effect:
     if -result in _RESTARTS:
         return Effect.RESTARTED
     if result == -errno.EINTR:
-        if waits_for_ever(number, registers.arguments, read):
+        again = number in _REQUESTS and ours(registers.rdi & 0xFFFFFFFF)
+        if again or waits_for_ever(number, registers.arguments, read):
             registers.set_result(-_ERESTARTNOHAND)
             return Effect.RESTARTED
         return Effect.DISTURBED
     count = _wanted(number, registers)
     return Effect.DISTURBED if count is not None and 0 < result < count else Effect.NONE
 
+
+_REQUESTS: Final = frozenset(
+    {
+        Number.READ,
+        Number.WRITE,
+        Number.IOCTL,
+        Number.PREAD64,
+        Number.PWRITE64,
+        Number.READV,
+        Number.WRITEV,
+        Number.FTRUNCATE,
+        Number.FALLOCATE,
+    }
+)
+"""Calls on a descriptor that its server may give up, and then has done nothing of."""
 
 _IORING_ENTER_EXT_ARG: Final = 8
 _MSG_WAITALL: Final = 0x100

@@ -152,7 +152,7 @@ class Borrowed:
 
     def _settle(self) -> None:
         before = self.saved.rax
-        if arch.settle(self.saved, self.read) is Effect.DISTURBED:
+        if arch.settle(self.saved, self.read, self.tracee.ours) is Effect.DISTURBED:
             self.disturbed = True
         if self.saved.rax != before:
             self.tracee.set_registers(self.saved)

@@ -14,8 +14,8 @@ next instruction, and followed until it makes the call that matters. Within a se
 At an exit it may be borrowed for calls of ours (:class:`msharefs.clients.borrow.Borrowed`).
 
 Promises: signals are delivered to the thread as they come; what it forks or starts is not traced;
-one that is stopped by SIGSTOP or becomes another program is let go at once (:class:`LetGo`). At
-the deadline TimedOut is raised; then, as at any other time, :meth:`Followed.let_go` lets it go,
+one that becomes another program is followed on (a shell opens what its command maps); one that is
+stopped by SIGSTOP is let go at once (:class:`LetGo`). At the deadline TimedOut is raised; then, as at any other time, :meth:`Followed.let_go` lets it go,
 a call that it waits in being restarted. If this process dies, the thread goes on by itself; if it was
 stopped at the entry of a call that the kernel never restarts, that returns EINTR (signal(7)).
 """
@@ -37,7 +37,7 @@ _LAST_WAIT: Final = 1.0
 
 
 class LetGo(Exception):
-    """The thread is no longer followed: its process was stopped, or is another program now."""
+    """The thread is no longer followed: its process was stopped."""
 
 
 class Followed:
@@ -136,14 +136,14 @@ class Followed:
 
     def _settle(self, registers: Registers) -> None:
         before = registers.rax
-        arch.settle(registers, _nothing)
+        arch.settle(registers, _nothing, self.tracee.ours)
         if registers.rax != before:
             self.tracee.set_registers(registers)
 
     def _check(self, stop: Stop) -> None:
-        if stop.group or stop.exec:
+        if stop.group:
             self.tracee.detach()
-            raise LetGo("stopped" if stop.group else "another program")
+            raise LetGo("stopped")
 
 
 def _nothing(_address: int, _size: int) -> bytes:

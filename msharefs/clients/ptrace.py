@@ -14,7 +14,7 @@ import ctypes
 import errno
 import os
 import signal
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from msharefs.clients.arch import RESULT_OFFSET, Registers
 from msharefs.clients.gone import Gone
@@ -126,6 +126,10 @@ class Tracee:
     resumes; the calls that look at registers and the like need a stopped tracee.
     """
 
+    own_device: ClassVar[int] = -1
+    """The st_dev of the mount that this process serves: a request to it that a tracee waits in is
+    given up when the tracee is stopped, and has to be made again."""
+
     __slots__ = ("deadline", "rest", "seized", "stopped", "tid")
 
     def __init__(self, tid: int, deadline: float) -> None:
@@ -214,6 +218,14 @@ class Tracee:
         if _ptrace(_GET_SYSCALL_INFO, self.tid, len(info), info) == -1:
             self._fail("look at the system call")
         return info.raw[0] == _INFO_ENTRY
+
+    def ours(self, fd: int) -> bool:
+        """Whether a descriptor of it is a file that this process serves."""
+        try:
+            status = os.stat(f"/proc/{self.tid}/fd/{fd}")  # noqa: PTH116 - it is one call
+        except OSError:
+            return False
+        return bool(status.st_dev == Tracee.own_device)
 
     def event_message(self) -> int:
         if _ptrace(_GETEVENTMSG, self.tid, None, ctypes.byref(_message)) == -1:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import select
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import attrs
 import trio
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from msharefs.abi import Prot
     from msharefs.clients.census import Census, Found
+    from msharefs.clients.faults import Served
     from msharefs.clients.procmap import MappedRange
 
 
@@ -40,12 +41,6 @@ class State(StrEnum):
     REPLICA = "replica"
     FAULT = "fault"
     UNENFORCED = "unenforced"
-
-
-class Closable(Protocol):
-    """What a client may hold beside its address space: its userfaultfd."""
-
-    def close(self) -> None: ...
 
 
 @attrs.define(eq=False)
@@ -106,11 +101,17 @@ class Client:
     regions: dict[int, Attachment] = attrs.field(factory=dict)
     sharers: list[int] = attrs.field(factory=list)
     """Other processes that were seen to have this same address space."""
-    userfault: Closable | None = None
     files: dict[int, list[MappedRange]] = attrs.field(factory=dict)
     """What it had mapped of the mount, by inode, when a full survey last looked."""
     met: int = 0
     """Goes up each time that it is added."""
+    served: Served | None = None
+    """Its userfaultfds, once it has made some."""
+    on_close: list[Callable[[], None]] = attrs.field(factory=list)
+    """What else is held for it and let go with it."""
+    lock: trio.Semaphore = attrs.field(factory=lambda: trio.Semaphore(1, max_value=1))
+    """Held by whoever changes this client, so that what is seen of it stays true meanwhile.
+    (A semaphore, since one task may take it and another, which sees the work through, let it go.)"""
 
     @property
     def pid(self) -> int:
@@ -122,9 +123,8 @@ class Client:
         return sum(attached.faults for attached in self.regions.values())
 
     def close(self) -> None:
-        if self.userfault is not None:
-            self.userfault.close()
-            self.userfault = None
+        while self.on_close:
+            self.on_close.pop()()
         self.space.close()
 
 

@@ -8,6 +8,9 @@ the same time and a slow one holds up nobody. What can be thrown at a ``yield``:
 - :class:`TimedOut`: ``tracee.deadline`` has passed. The session may set a new one and go on.
 - :class:`Gone`: the thread has ended.
 
+A session that yields a tracee which it has not resumed waits for an :meth:`Tracer.answer` from
+another thread instead.
+
 Promises: a session's exception is its own affair, it fails with it and the rest goes on; when a
 session ends, however it ends, its tracee is let go, at once if it is stopped, else as soon as it
 stops (what is still to be put right then is ``tracee.rest``, a session of its own). A child that a
@@ -42,7 +45,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Session: TypeAlias = Generator[Tracee, Stop, T]
+Session: TypeAlias = Generator[Tracee, Any, T]
+"""Sent in: a Stop, or what answer() gave."""
 
 WAKE: Final = signal.SIGURG  # ignored by default, so that one that comes late does no harm
 _SIGNALS: Final = frozenset({signal.SIGCHLD, WAKE})
@@ -97,6 +101,7 @@ class Tracer:
 
     def __init__(self, name: str = "tracer") -> None:
         self._jobs: deque[_Job] = deque()
+        self._answers: deque[tuple[int, Any]] = deque()
         self._lock = threading.Lock()
         self._closing = False
         self._woken = False
@@ -115,6 +120,17 @@ class Tracer:
         Raises Closed if the tracer is.
         """
         self._hand_over([_Job(session, done)])
+
+    def answer(self, tid: int, value: Any) -> None:
+        """Give ``value`` to the session that waits, with thread ``tid`` stopped, to be told something.
+
+        Such a session has yielded a tracee without resuming it. Nothing if there is none (any more).
+        """
+        with self._lock:
+            if self._closing:
+                return
+            self._answers.append((tid, value))
+            self._wake()
 
     async def run(self, sessions: Iterable[Session[T]]) -> list[T | Exception]:
         """Run sessions side by side; their results, or exceptions, in order.
@@ -165,9 +181,12 @@ class Tracer:
             if self._closing:
                 raise Closed("the tracer is closed")
             self._jobs.extend(jobs)
-            if not self._woken:
-                self._woken = True
-                signal.pthread_kill(_ident(self._thread), WAKE)
+            self._wake()
+
+    def _wake(self) -> None:
+        if not self._woken:
+            self._woken = True
+            signal.pthread_kill(_ident(self._thread), WAKE)
 
     # --- the tracing thread -----------------------------------------------------------------------
 
@@ -187,6 +206,7 @@ class Tracer:
     def _loop(self) -> None:
         while True:
             busy = self._start_some()
+            busy = self._deliver() or busy
             busy = self._sweep() or busy
             now = monotonic()
             if now >= self._next:
@@ -195,7 +215,7 @@ class Tracer:
                 continue
             if self._closing and self._wind_up(now):
                 return
-            if self._jobs:
+            if self._jobs or self._answers:
                 continue
             self._sleep(now)
 
@@ -213,6 +233,16 @@ class Tracer:
             self._active.add(job)
             self._step(job, job.session.send, None)
         return True
+
+    def _deliver(self) -> bool:
+        delivered = False
+        while self._answers:
+            tid, value = self._answers.popleft()
+            job = self._waiting.get(tid)
+            if job is not None and job.tracee is not None and job.tracee.stopped:
+                delivered = True
+                self._step(job, job.session.send, value)
+        return delivered
 
     def _sweep(self) -> bool:
         status = self._status

@@ -12,9 +12,11 @@ Leaves out: addresses, processes, and how either is brought about.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from enum import IntFlag
 from itertools import pairwise
-from typing import TYPE_CHECKING, Final
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 import attrs
 
@@ -22,10 +24,17 @@ from msharefs.abi import NotifyEvent, Prot
 from msharefs.region.mapping import PROTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
+    from msharefs.region.mapping import RangeChange
     from msharefs.region.spans import SpanSet
     from msharefs.region.table import MappingTable
+
+
+Piece: TypeAlias = "tuple[int, int, Prot | None]"
+"""``[start, end)`` of a region and its protection; None is a hole."""
+
+_Span = TypeVar("_Span", bound=tuple[Any, ...])
 
 
 class Caught(IntFlag):
@@ -87,66 +96,83 @@ def serve(prot: Prot, watched: int, *, by_fault: bool) -> tuple[int, int]:
     return (has | READ_WRITE, caught) if caught else (has, 0)
 
 
+def cover(table: MappingTable, start: int, end: int) -> list[Piece]:
+    """The protections of ``[start, end)`` as the table has them, holes and all."""
+    pieces: list[Piece] = []
+    at = start
+    for mapping in table.overlapping(start, end) if start < end else ():
+        low, high = max(start, mapping.start), min(end, mapping.end)
+        if at < low:
+            pieces.append((at, low, None))
+        pieces.append((low, high, mapping.prot))
+        at = high
+    if at < end:
+        pieces.append((at, end, None))
+    return pieces
+
+
+def changed(pieces: Iterable[Piece], ranges: Sequence[RangeChange]) -> list[Piece]:
+    """``pieces`` as they will be once ``ranges``, a planned change's, have been applied."""
+    new: list[Piece] = []
+    index = 0
+    for start, end, prot in pieces:
+        at = start
+        while index < len(ranges) and ranges[index].start < end:
+            part = ranges[index]
+            low, high = max(at, part.start), min(end, part.end)
+            if at < low:
+                new.append((at, low, prot))
+            if low < high:
+                new.append((low, high, part.new.prot if part.new is not None else None))
+                at = high
+            if part.end > end:
+                break  # goes on in the next piece
+            index += 1
+        if at < end:
+            new.append((at, end, prot))
+    return new
+
+
 def demands(
-    table: MappingTable,
-    start: int,
-    end: int,
-    watched: Iterable[tuple[int, int, int]] = (),
+    pieces: Sequence[Piece],
+    watched: Sequence[tuple[int, int, int]] = (),
     by_fault: SpanSet | None = None,
 ) -> list[Demand]:
-    """What ``[start, end)`` demands: every byte of it exactly once, equal neighbours joined.
+    """What a covered range demands: every byte of it exactly once, equal neighbours joined.
 
     ``watched`` are ``(start, end, events)``, sorted and disjoint. Holes demand PROT_NONE.
     """
-    if start >= end:
+    if not pieces:
         return []
-    faulting = by_fault.within(start, end) if by_fault else []
+    faulting = by_fault.within(pieces[0][0], pieces[-1][1]) if by_fault else []
     if not watched and not faulting:
-        return _joined(_plain(table, start, end))
-    return _joined(_pieces(table, start, end, list(watched), faulting))
+        return _joined(Demand(start, end, prot or Prot.NONE) for start, end, prot in pieces)
+    return _joined(_served(pieces, watched, faulting))
 
 
-def _plain(table: MappingTable, start: int, end: int) -> Iterator[Demand]:
-    at = start
-    for mapping in table.overlapping(start, end):
-        low, high = max(start, mapping.start), min(end, mapping.end)
-        if at < low:
-            yield Demand(at, low, Prot.NONE)
-        yield Demand(low, high, mapping.prot)
-        at = high
-    if at < end:
-        yield Demand(at, end, Prot.NONE)
-
-
-def _pieces(
-    table: MappingTable,
-    start: int,
-    end: int,
-    watched: list[tuple[int, int, int]],
-    faulting: list[tuple[int, int]],
+def _served(
+    pieces: Sequence[Piece],
+    watched: Sequence[tuple[int, int, int]],
+    faulting: Sequence[tuple[int, int]],
 ) -> Iterator[Demand]:
-    cuts = {start, end}
-    for low, high, *_ in (*watched, *faulting):
-        cuts |= {low, high}
-    for mapping in table.overlapping(start, end):
-        cuts |= {mapping.start, mapping.end}
-    edges = sorted(cut for cut in cuts if start <= cut <= end)
-    at_watch = at_fault = 0
-    for low, high in pairwise(edges):
-        while at_watch < len(watched) and watched[at_watch][1] <= low:
-            at_watch += 1
-        while at_fault < len(faulting) and faulting[at_fault][1] <= low:
-            at_fault += 1
-        events = 0
-        if at_watch < len(watched) and watched[at_watch][0] <= low:
-            events = watched[at_watch][2]
-        faults = at_fault < len(faulting) and faulting[at_fault][0] <= low
-        found = table.at(low)
-        if found is None:
-            yield Demand(low, high, Prot.NONE)
-            continue
-        prot, caught = serve(found.prot, events, by_fault=faults)
-        yield Demand(low, high, PROTS[prot], CAUGHT[caught])
+    cuts = {cut for low, high, *_ in (*watched, *faulting) for cut in (low, high)}
+    edges = sorted(cuts)
+    for start, end, prot in pieces:
+        inner = edges[bisect_right(edges, start) : bisect_left(edges, end)]
+        for low, high in pairwise([start, *inner, end]):
+            if prot is None:
+                yield Demand(low, high, Prot.NONE)
+                continue
+            events = next((bits for a, b, bits in _from(watched, low) if a <= low < b), 0)
+            faults = any(a <= low < b for a, b in _from(faulting, low))
+            has, caught = serve(prot, events, by_fault=faults)
+            yield Demand(low, high, PROTS[has], CAUGHT[caught])
+
+
+def _from(spans: Sequence[_Span], offset: int) -> Sequence[_Span]:
+    """The span that may cover ``offset``: the last one that begins at or before it."""
+    index = bisect_right(spans, offset, key=itemgetter(0))
+    return spans[max(index - 1, 0) : index]
 
 
 def _joined(pieces: Iterable[Demand]) -> list[Demand]:

@@ -34,6 +34,10 @@ class EventKind(StrEnum):
     RELEASE = "release"
     """It waits no more: ``hold`` is the number of the event above, ``decision`` what became of it,
     ``reason`` why."""
+    ADOPT = "adopt"
+    """A process has mapped the region and obeys its table from now on."""
+    UNENFORCED = "unenforced"
+    """A process maps the region, or may, that cannot be made to obey; the reason says why."""
 
 
 @attrs.frozen

@@ -28,6 +28,11 @@ class SpanSet:
     def __bool__(self) -> bool:
         return bool(self._starts)
 
+    def copy(self) -> SpanSet:
+        other = SpanSet()
+        other._starts, other._ends = self._starts.copy(), self._ends.copy()
+        return other
+
     def add(self, start: int, end: int) -> None:
         """Put ``[start, end)`` in; nothing happens if it is empty."""
         if start >= end:

@@ -1,11 +1,13 @@
 """The one road that every change of a region travels.
 
-Plan (pure) -> are there descriptors or mappings that lack a right it would give? -> memory is
-reserved -> the table is swapped -> memory that went is dropped -> events -> reply. A failure on
-the way undoes what was done before it, so the caller gets an errno and nothing has changed.
+Plan (pure) -> are there descriptors or mappings that lack a right it would give? -> rights that go
+are taken from the processes that map the region -> memory is reserved -> the table is swapped ->
+memory that went is dropped -> rights that come are given -> events -> reply. A failure on the way
+undoes what was done before it, so the caller gets an errno and nothing has changed (but that
+memory which was dropped stays dropped).
 
 What shares what: a region's ``lock`` is held by a change that has to wait for something (a
-census, a large hole to be punched). Such a change plans again once it has the lock. Everything
+census, other processes, a large hole to be punched). Such a change plans again once it has the lock. Everything
 else runs between two ticks of the loop and needs no lock, but must take the slow way while
 somebody holds it. Opens are not locked out: ``Region.begin`` tells them which rights are coming.
 
@@ -24,6 +26,7 @@ from msharefs.abi import Kind
 from msharefs.region.errors import RightsInUse
 from msharefs.region.events import Actor, Event, EventKind
 from msharefs.region.mapping import PROTS
+from msharefs.region.spans import SpanSet
 from msharefs.region.watch import Watches
 from msharefs.service.eventlog import Reader
 
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from msharefs.memory.store import Store
     from msharefs.region.mapping import Change
     from msharefs.region.region import Resize
+    from msharefs.service.enforce import Enforcer
     from msharefs.service.eventlog import EventLog, Ring
     from msharefs.service.nodes import RegionFile
 
@@ -49,6 +53,8 @@ class RegionState:
     ring: Ring
     lock: trio.Lock = attrs.field(factory=trio.Lock)
     watches: Watches = attrs.field(factory=Watches)
+    by_fault: SpanSet = attrs.field(factory=SpanSet)
+    """What is read-only by write-protection from outside, not by the mappings themselves."""
     counters: dict[str, int] = attrs.field(factory=dict)
 
     def count(self, name: str, by: int = 1) -> None:
@@ -62,6 +68,10 @@ class Changes:
     store: Store
     log: EventLog
     census: Callable[[int], list[MappedRange]]
+    enforcer: Enforcer | None = None
+    """Who makes others obey; None on a mount without a gate, where mappings are left alone."""
+    changed: Callable[[RegionFile, int, int], None] | None = None
+    """Told of each range that has another protection, or another content, now."""
     _states: dict[int, RegionState] = attrs.field(factory=dict)
 
     def state(self, file: RegionFile) -> RegionState:
@@ -77,6 +87,8 @@ class Changes:
         if file.region.semantics.reserves:
             anonymous = (m.size for m in file.region.table if m.object.kind is Kind.ANON)
             self.store.reserve(-sum(anonymous))
+        if self.enforcer is not None:
+            self.enforcer.forget_region(file)
         state = self._states.pop(file.ino, None)
         if state is not None:
             state.ring.close()
@@ -115,6 +127,8 @@ class Changes:
         if file.region.contested(change):
             file.region.check_descriptors(change)
             return self._change_slowly(file, state, plan, event)
+        if self.enforcer is not None and (len(state.watches) or not self.enforcer.idle(file)):
+            return self._change_slowly(file, state, plan, event)
         if not _moves_memory(change):
             file.region.apply(change)
             self._done(file, event)
@@ -139,16 +153,51 @@ class Changes:
             file.region.check_descriptors(change)
             file.region.begin(change)
             try:
-                await self._check_mappings(file, change)
-                self._begin(file, change)
-                try:
-                    await _drop_in_thread(file, list(_dropped(change)))
-                except BaseException:
-                    self._undo(file, change)
-                    raise
+                if self.enforcer is not None:
+                    await self._enforce(self.enforcer, file, state, change, event.actor.tid)
+                else:
+                    await self._check_mappings(file, change)
+                    self._begin(file, change)
+                    await self._drop(file, change)
             finally:
                 file.region.end()
             self._done(file, event)
+
+    async def _drop(self, file: RegionFile, change: Change) -> None:
+        try:
+            await _drop_in_thread(file, list(_dropped(change)))
+        except BaseException:
+            self._undo(file, change)
+            raise
+
+    async def _enforce(
+        self, enforcer: Enforcer, file: RegionFile, state: RegionState, change: Change, tid: int
+    ) -> None:
+        """Carry a change out in every process that maps the region as well."""
+        after = enforcer.after(file, state, change)
+        move = await enforcer.begin(file, state, change, after, caller=tid)
+        await enforcer.check_rights(file, move.clients, file.region.contested(change))
+        begun = False
+        before = state.by_fault, state.watches
+        try:
+            await move.narrow()
+            self._begin(file, change)
+            begun = True
+            state.by_fault, state.watches = after.by_fault, after.watches
+            with trio.CancelScope(shield=True):
+                await _drop_in_thread(file, list(_dropped(change)))
+                await move.widen()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                if begun:
+                    self._undo(file, change)
+                    state.by_fault, state.watches = before
+                await move.undo()
+            raise
+        await move.leave()
+        if self.changed is not None:
+            for part in change.ranges:
+                self.changed(file, part.start, part.end)
 
     async def _check_mappings(self, file: RegionFile, change: Change) -> None:
         """Raises RightsInUse if a live mapping lacks a right that the region newly gives."""

@@ -14,6 +14,7 @@ import logging
 import os
 import resource
 import signal
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
@@ -21,6 +22,8 @@ import trio
 from msharefs.abi import Feature, Gate
 from msharefs.clients.census import MappedRange, mapped_ranges
 from msharefs.clients.gate import GateUnavailable
+from msharefs.clients.policy import Enforce
+from msharefs.clients.tracer import prepare_process
 from msharefs.fuse.handlers import FORWARD, Forward, Handlers
 from msharefs.fuse.mount import MountOptions as KernelOptions
 from msharefs.fuse.mount import find_mounts, mount, mount_at, unmount
@@ -28,6 +31,7 @@ from msharefs.fuse.session import Session
 from msharefs.memory.store import Store
 from msharefs.service import systemd
 from msharefs.service.changes import Changes
+from msharefs.service.enforcement import Enforcement
 from msharefs.service.errors import errno_of
 from msharefs.service.eventlog import EventLog
 from msharefs.service.files import Files
@@ -42,9 +46,15 @@ from msharefs.service.notifications import Notifications
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from msharefs.abi import Prot
     from msharefs.clients.gate_lsm import LsmGate
     from msharefs.fuse.router import Router
     from msharefs.fuse.wire import GetxattrRequest
+    from msharefs.region.events import Actor
+    from msharefs.service.files import Hold
+    from msharefs.service.gates import Opened
+    from msharefs.service.ioctls import Notify
+    from msharefs.service.nodes import RegionFile
     from msharefs.service.options import MountOptions
 
 log = logging.getLogger(__name__)
@@ -59,26 +69,28 @@ def run(mountpoint: str, options: MountOptions, *, ready: Callable[[], None]) ->
     be mounted.
     """
     _allow_many_files()
+    prepare_process()  # before the first thread
     try:
-        gate = open_gate(options.gate, private=options.private)
+        lenient = options.enforce is Enforce.BEST
+        gate = open_gate(options.gate, lenient=lenient, private=options.private)
     except GateUnavailable as error:
         raise OSError(errno.EOPNOTSUPP, f"gate={options.gate}: {error}") from error
     try:
-        store = _open_store(options, own_device=gate is not None)
+        store = _open_store(options, own_device=gate.lsm is not None)
         try:
             trio.run(_serve, mountpoint, options, store, gate, ready)
         finally:
             store.close()
     finally:
-        if gate is not None:
-            gate.close()
+        if gate.lsm is not None:
+            gate.lsm.close()
 
 
 async def _serve(
     mountpoint: str,
     options: MountOptions,
     store: Store,
-    gate: LsmGate | None,
+    gate: Opened,
     ready: Callable[[], None],
 ) -> None:
     kernel_options = KernelOptions(read_only=options.read_only, noexec=options.noexec)
@@ -97,14 +109,24 @@ async def _serve(
             semantics=options.semantics,
         )
         handles = Handles()
-        notifications = Notifications(changes, namespace.region_or_none)
-        files = Files(handles, changes, notifications, namespace.leaving)
+        notifications = Notifications(changes, namespace.find_region)
+        enforcement = None
+        if gate.kind is not Gate.NONE:
+            enforcement = Enforcement(
+                number, options, changes, notifications, namespace.find_region, gate.lsm
+            )
+        hold = _hold(enforcement, gate.kind)
+        files = Files(handles, changes, notifications, namespace.leaving, hold)
         features = FEATURES | (Feature.HUGE if options.huge not in {None, "never"} else Feature(0))
+        if enforcement is not None:
+            features |= Feature.ENFORCE | Feature.NOTIFY
+            changes.changed = notifications.changed
         ioctls = Ioctls(
             handles,
             changes,
             features=features,
-            gate=gate.kind if gate is not None else Gate.NONE,
+            gate=gate.kind,
+            notify=_notify(enforcement, notifications),
             region_devices=_region_devices,
         )
         operations = Filesystem(namespace, handles, changes, store, notifications.holds)
@@ -117,19 +139,19 @@ async def _serve(
             copy=files.copy,
             opened=files.opened,
             released=operations.close,
-            getxattr=_gated(gate, namespace, changes),
+            getxattr=_gated(enforcement, namespace, changes),
             errno_of=errno_of,
         )
-        if gate is not None:
+        if gate.lsm is not None:
             # Nobody can have opened anything yet: the mount does not answer before it is served.
             memory = store.device
             assert memory is not None, "the memory of a gated mount is on a device of its own"
-            gate.add_mount(number, memory)
+            gate.lsm.add_mount(number, memory)
         session = Session(operations, device, handlers, mountpoint=mountpoint)
     except BaseException:
         os.close(device)
         unmount(mountpoint, detach=True)
-        raise
+        raise  # the tracer is a daemon thread that holds nobody yet
 
     def announce(_router: Router) -> None:
         gc.freeze()  # what is here stays: keep it out of every later collection
@@ -139,13 +161,17 @@ async def _serve(
 
     try:
         async with trio.open_nursery() as nursery:
-            await nursery.start(_stop_on_signal, session, gate)
+            await nursery.start(_stop_on_signal, session, gate.lsm)
             await nursery.start(notifications.holds.run)
-            if gate is not None:
-                nursery.start_soon(_unwatch_at_end, session, gate)
+            if gate.lsm is not None:
+                nursery.start_soon(_unwatch_at_end, session, gate.lsm)
+            if enforcement is not None:
+                await nursery.start(enforcement.run)
             await session.run(announce)
             nursery.cancel_scope.cancel()
     finally:
+        if enforcement is not None:
+            enforcement.close()
         handles.clear()
         namespace.clear()
     log.info("unmounted %s", mountpoint)
@@ -176,13 +202,37 @@ def _census_of(device: int) -> Callable[[int], list[MappedRange]]:
     return lambda ino: mapped_ranges(device, ino)
 
 
+def _notify(enforcement: Enforcement | None, notifications: Notifications) -> Notify | None:
+    """What NOTIFY does; nothing is caught on a mount without a gate."""
+    if enforcement is None:
+        return None
+    return partial(notifications.notify, reach=enforcement.enforcer)
+
+
+def _hold(enforcement: Enforcement | None, kind: Gate) -> Hold | None:
+    """What is done about openers: the ptrace gate holds them."""
+    if enforcement is None or kind is not Gate.PTRACE:
+        return None
+
+    def hold(file: RegionFile, actor: Actor) -> Awaitable[None]:
+        assert enforcement.gatekeeper is not None, "there before the mount answers"
+        return enforcement.gatekeeper.hold(file, actor)
+
+    return hold
+
+
 def _gated(
-    gate: LsmGate | None, namespace: Namespace, changes: Changes
+    enforcement: Enforcement | None, namespace: Namespace, changes: Changes
 ) -> Callable[[GetxattrRequest], bytes | Awaitable[bytes] | Forward]:
-    """The handler of FUSE_GETXATTR. Without a gate the kernel is told once that there is none."""
-    if gate is None:
+    """The handler of FUSE_GETXATTR. Without an lsm gate the kernel is told once: there is none."""
+    if enforcement is None or enforcement.lsm is None:
         return lambda _request: FORWARD
-    return Mmaps(namespace, changes, gate.question).getxattr
+
+    def admit(file: RegionFile, tid: int, prot: Prot) -> Awaitable[None]:
+        assert enforcement.gatekeeper is not None, "there before the mount answers"
+        return enforcement.gatekeeper.admit(file, tid, prot)
+
+    return Mmaps(namespace, changes, enforcement.lsm.question, admit).getxattr
 
 
 def _region_devices() -> frozenset[int]:

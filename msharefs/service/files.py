@@ -10,7 +10,7 @@ count for what lies before it (the rules table in ``docs/ioctl.md``).
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import attrs
 import trio
@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from msharefs.service.nodes import RegionFile
     from msharefs.service.notifications import Notifications
 
+Hold: TypeAlias = "Callable[[RegionFile, Actor], Awaitable[None]]"
+"""Told of an opener before it is answered; raises to refuse it."""
+
 OFFSET_END: Final = 1 << 63
 """No file offset reaches this (off_t is signed)."""
 COPIED_AT_ONCE: Final = 64 << 20
@@ -72,13 +75,22 @@ class Files:
     _leaving: Callable[[], bool]
     """Whether there are nameless files that nobody has open, which the kernel has yet to forget."""
 
-    def opened(self, opened: OpenedFile) -> OpenPlan:
+    _hold: Hold | None = None
+
+    def opened(self, opened: OpenedFile) -> OpenPlan | Awaitable[OpenPlan]:
         """How the kernel should treat a file that has just been opened."""
         handle = self._handles.get(opened.fh)
         if isinstance(handle, RegionHandle):
-            return OpenPlan(backing_fd=handle.file.backing.fd, noflush=True)
+            plan = OpenPlan(backing_fd=handle.file.backing.fd, noflush=True)
+            if self._hold is None:
+                return plan
+            return self._held(plan, self._hold(handle.file, handle.actor(opened.pid)))
         # Without a file position, a read that waits does not lock out others on the descriptor.
         return OpenPlan(stream=isinstance(handle, EventsHandle), noflush=True)
+
+    async def _held(self, plan: OpenPlan, waiting: Awaitable[None]) -> OpenPlan:
+        await waiting
+        return plan
 
     def read(self, request: ReadRequest) -> bytes | Awaitable[bytes]:
         """FUSE_READ."""

@@ -7,9 +7,14 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import attrs
+
+from msharefs.abi import Gate
+from msharefs.clients import arch
 from msharefs.clients.gate import GateUnavailable
 from msharefs.clients.gate_lsm import LsmGate
 from msharefs.memory import tmpfs
+from msharefs.service.tryout import try_ptrace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,23 +22,49 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def open_gate(wanted: str, *, lenient: bool = True, private: bool = False) -> LsmGate | None:
-    """The gate that ``-o gate=wanted`` asks for; None is none.
+@attrs.frozen
+class Opened:
+    """A gate that is there. ``lsm`` has to be closed."""
+
+    kind: Gate
+    lsm: LsmGate | None = None
+
+
+def open_gate(wanted: str, *, lenient: bool = True, private: bool = False) -> Opened:
+    """The gate that ``-o gate=wanted`` asks for.
 
     ``auto`` takes the best that can be had. ``lenient`` and ``private`` as for `LsmGate`. Raises
     GateUnavailable for a kind that was asked for by name.
     """
-    if wanted == "none":
-        return None
-    if wanted == "ptrace":
-        raise GateUnavailable("this version has no ptrace gate")
+    lacks: list[str] = []
+    if wanted in {"auto", "lsm"}:
+        try:
+            return Opened(Gate.LSM, open_lsm_gate(lenient=lenient, private=private))
+        except GateUnavailable as error:
+            if wanted == "lsm":
+                raise
+            lacks.append(f"lsm: {error}")
+    if wanted in {"auto", "ptrace"}:
+        try:
+            check_ptrace()
+        except GateUnavailable as error:
+            if wanted == "ptrace":
+                raise
+            lacks.append(f"ptrace: {error}")
+        else:
+            return Opened(Gate.PTRACE)
+    if wanted != "none":
+        log.warning("no gate, so nothing is enforced in other processes (%s)", "; ".join(lacks))
+    return Opened(Gate.NONE)
+
+
+def check_ptrace() -> None:
+    """Raises GateUnavailable if threads of other processes cannot be borrowed."""
     try:
-        return open_lsm_gate(lenient=lenient, private=private)
-    except GateUnavailable as error:
-        if wanted == "lsm":
-            raise
-        log.debug("no lsm gate: %s", error)
-    return None
+        arch.require()
+        try_ptrace()
+    except OSError as error:
+        raise GateUnavailable(error.strerror or str(error)) from error
 
 
 def open_lsm_gate(*, lenient: bool, private: bool = False) -> LsmGate:

@@ -95,13 +95,8 @@ class Notifications:
             self.holds.changed(file, start, end)
         self._tell(file, EventKind.NOTIFY, actor, "ioctl", start, args.size, _armed(args))
 
-    def forget(self, file: RegionFile, start: int, end: int) -> None:
-        """``[start, end)`` is unmapped: nothing of it is watched any more."""
-        self._changes.state(file).watches.disarm(start, end)
-        self.holds.changed(file, start, end)
-
     def changed(self, file: RegionFile, start: int, end: int) -> None:
-        """Protections are others now."""
+        """Protections or watches are others now: who is held there is judged anew."""
         if len(self.holds):
             self.holds.changed(file, start, end)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, Self
 import attrs
 import psutil
 
+from msharefs.clients.policy import Enforce, Way
 from msharefs.memory.tmpfs import HUGE_POLICIES
 from msharefs.region.pages import page_down
 from msharefs.region.semantics import AUTOMAP, MSHARE, Semantics
@@ -14,7 +15,7 @@ from msharefs.service.eventlog import MOUNT_CAPACITY
 from msharefs.units import parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 _IGNORED: Final = frozenset(
     [
@@ -75,6 +76,8 @@ class MountOptions:
     uid: int = 0
     gid: int = 0
     events: int = MOUNT_CAPACITY
+    enforce: Enforce = Enforce.BEST
+    protect: Way = Way.AUTO
     log: str | None = None
     gate: str = "auto"
     read_only: bool = False
@@ -92,6 +95,11 @@ class MountOptions:
         ("private=POLICY", "MAP_PRIVATE: refuse (default) or allow; such a copy is out of reach"),
         ("mode=MODE", "mode of the root directory in octal (default 1777)"),
         ("uid=UID, gid=GID", "owner of the root directory (default root)"),
+        (
+            "enforce=best|strict",
+            "let in and list what cannot be made to obey, or refuse it (EPERM)",
+        ),
+        ("protect=auto|vma|fault", "protect by mprotect in each process, or by userfaultfd"),
         ("events=N", f"events held for readers that come late (default {MOUNT_CAPACITY})"),
         ("gate=KIND", "how mmap() is supervised: auto (default), lsm, ptrace, none"),
         ("log=FILE", "append the log to FILE (default: standard error, or syslog)"),
@@ -144,8 +152,20 @@ def _limit(text: str) -> int:
 
 
 def _huge(text: str) -> str:
-    if text not in HUGE_POLICIES:
-        raise ValueError(f"{text!r} is none of {', '.join(HUGE_POLICIES)}")
+    return _one_of(text, HUGE_POLICIES)
+
+
+def _enforce(text: str) -> Enforce:
+    return Enforce(_one_of(text, Enforce))
+
+
+def _protect(text: str) -> Way:
+    return Way(_one_of(text, Way))
+
+
+def _one_of(text: str, known: Iterable[str]) -> str:
+    if text not in known:
+        raise ValueError(f"{text!r} is none of {', '.join(known)}")
     return text
 
 
@@ -197,6 +217,8 @@ _VALUES: Final[dict[str, tuple[str, Callable[[str], object]]]] = {
     "uid": ("uid", _id),
     "gid": ("gid", _id),
     "events": ("events", _count),
+    "enforce": ("enforce", _enforce),
+    "protect": ("protect", _protect),
     "log": ("log", _text),
     "gate": ("gate", _gate),
 }

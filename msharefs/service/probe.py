@@ -11,9 +11,7 @@ import errno
 import fcntl
 import os
 import select
-import signal
 import struct
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -22,15 +20,15 @@ import attrs
 from msharefs.clients.gate import GateUnavailable
 from msharefs.memory import tmpfs
 from msharefs.service.gates import open_lsm_gate
+from msharefs.service.tryout import checked, other_process, try_ptrace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 SYS_USERFAULTFD: Final = 323
 SYS_PIDFD_GETFD: Final = 438
-PTRACE_SEIZE: Final = 0x4206
 UFFDIO_API: Final = 0xC018AA3F
 UFFD_API: Final = 0xAA
 UFFD_FEATURE_WP_HUGETLBFS_SHMEM: Final = 1 << 12
@@ -116,40 +114,18 @@ def _try_passthrough(device: int) -> str:
     return f"FUSE {major}.{minor} takes a memfd as a backing file"
 
 
-@contextmanager
-def _other_process() -> Iterator[int]:
-    """A child that waits to be ended: its process id."""
-    child = os.fork()
-    if not child:
-        signal.pause()
-        os._exit(0)
-    try:
-        yield child
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-
-
-def _checked(result: int) -> int:
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result
-
-
 def _pidfd_getfd() -> str:
-    with _other_process() as child:
+    with other_process() as child:
         pidfd = os.pidfd_open(child)
         try:
-            os.close(_checked(int(_libc.syscall(ctypes.c_long(SYS_PIDFD_GETFD), pidfd, 0, 0))))
+            os.close(checked(int(_libc.syscall(ctypes.c_long(SYS_PIDFD_GETFD), pidfd, 0, 0))))
         finally:
             os.close(pidfd)
     return "takes a descriptor from another process"
 
 
 def _ptrace() -> str:
-    with _other_process() as child:
-        _checked(int(_libc.ptrace(PTRACE_SEIZE, child, None, None)))
+    try_ptrace()
     return "may hold another process"
 
 
@@ -160,7 +136,7 @@ def _tmpfs() -> str:
 
 def _userfaultfd() -> str:
     flags = os.O_CLOEXEC | os.O_NONBLOCK
-    fd = _checked(int(_libc.syscall(ctypes.c_long(SYS_USERFAULTFD), flags)))
+    fd = checked(int(_libc.syscall(ctypes.c_long(SYS_USERFAULTFD), flags)))
     try:
         answer = bytearray(struct.pack("<QQQ", UFFD_API, 0, 0))
         fcntl.ioctl(fd, UFFDIO_API, answer)
@@ -202,7 +178,7 @@ _PROBES: Final = (
         "ptrace",
         False,
         _ptrace,
-        "the ptrace gate will need it: kernel.yama.ptrace_scope below 3, and no seccomp filter",
+        "gate=ptrace and adoption need it: kernel.yama.ptrace_scope below 3, and no seccomp filter",
     ),
     ("detached-tmpfs", False, _tmpfs, "mount options size= and huge= will not be had"),
     ("userfaultfd", False, _userfaultfd, "CONFIG_USERFAULTFD; notifications will need it"),

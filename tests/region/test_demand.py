@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msharefs.abi import PAGE_SIZE, NotifyEvent, Prot
-from msharefs.region.demand import Caught, both, demands, serve
+from msharefs.region.demand import Caught, both, changed, cover, demands, serve
 from msharefs.region.mapping import Mapping
 from msharefs.region.spans import SpanSet
 from msharefs.region.table import MappingTable
@@ -73,7 +73,7 @@ def test_each_page_demands_what_it_would_alone(prots, events, faults, window):
         if faulting:
             by_fault.add(page * PAGE_SIZE, (page + 1) * PAGE_SIZE)
     start, end = (page * PAGE_SIZE for page in window)
-    got = demands(table, start, end, watches_of(events), by_fault)
+    got = demands(cover(table, start, end), watches_of(events), by_fault)
     at = start
     for demand in got:
         assert demand.start == at < demand.end
@@ -106,15 +106,15 @@ def test_what_the_table_forbids_is_outside_the_mapping_or_caught(prot, watched, 
 
 def test_a_plain_region_demands_its_own_protections():
     table = table_of([PROTS[2]] * PAGES)
-    got = demands(table, 0, PAGES * PAGE_SIZE)
+    got = demands(cover(table, 0, PAGES * PAGE_SIZE))
     assert [(d.start, d.end, d.prot) for d in got] == [(0, PAGES * PAGE_SIZE, PROTS[2])]
 
 
 @given(page_prots, page_prots, st.lists(st.integers(0, 3), min_size=PAGES, max_size=PAGES))
 def test_both_gives_what_either_forbids_to_nobody(old_prots, new_prots, events):
     size = PAGES * PAGE_SIZE
-    old = demands(table_of(old_prots), 0, size, watches_of(events))
-    new = demands(table_of(new_prots), 0, size)
+    old = demands(cover(table_of(old_prots), 0, size), watches_of(events))
+    new = demands(cover(table_of(new_prots), 0, size))
     met = both(old, new)
     assert (met[0].start, met[-1].end) == (0, size)
     for page in range(PAGES):
@@ -123,3 +123,19 @@ def test_both_gives_what_either_forbids_to_nobody(old_prots, new_prots, events):
         )
         assert between.prot == one.prot & other.prot
         assert between.caught == one.caught | other.caught
+
+
+@given(page_prots, ranges, st.sampled_from((None, *PROTS)), ranges)
+def test_what_will_be_is_what_is_after_the_change(prots, target, prot, window):
+    table = table_of(prots)
+    start, end = (page * PAGE_SIZE for page in target)
+    if start == end:
+        return
+    if prot is None:
+        change = table.plan_unmap(start, end)
+    else:
+        change = table.plan_map(Mapping(start, end, prot))
+    low, high = (page * PAGE_SIZE for page in window)
+    planned = demands(changed(cover(table, low, high), change.ranges))
+    table.apply(change)
+    assert planned == demands(cover(table, low, high))

@@ -79,15 +79,18 @@ def test_two_unmodified_processes_share_memory_and_never_meet_the_server(mount, 
     assert [seen[key] - after[key] for key in ("read", "write")] == [2, 2]
 
 
-def test_memory_is_freed_with_the_mapping_and_st_blocks_tell(mount, region):
-    with region.mmap(length=MIB) as memory:
-        memory[:] = b"x" * MIB
-        assert (mount.path / "r").stat().st_blocks == MIB // 512
-        region.unmap(0, MIB // 2)
-        assert (mount.path / "r").stat().st_blocks == MIB // 1024
-        assert memory[0] == 0, "dropped in every process"
-    region.resize(0)
-    assert (mount.path / "r").stat().st_blocks == 0
+def test_memory_is_freed_with_the_mapping_and_st_blocks_tell(start_mount):
+    mount = start_mount("gate=none")  # so that what was unmapped can still be looked at
+    with Region.create(mount.path / "r", 4 * MIB) as region:
+        region.map(0, MIB, "rw-")
+        with region.mmap(length=MIB) as memory:
+            memory[:] = b"x" * MIB
+            assert (mount.path / "r").stat().st_blocks == MIB // 512
+            region.unmap(0, MIB // 2)
+            assert (mount.path / "r").stat().st_blocks == MIB // 1024
+            assert memory[0] == 0, "dropped in every process"
+        region.resize(0)
+        assert (mount.path / "r").stat().st_blocks == 0
 
 
 def test_a_mapping_outlives_name_and_descriptor(mount, region):

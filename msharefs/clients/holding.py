@@ -1,0 +1,370 @@
+"""Threads in our hands: held from a call of ours until they have mapped what they opened.
+
+For: the ptrace gate (an opener is followed from its open() to its first mmap() of that
+descriptor), and for whatever has to be done to a thread at the end of a call that it waits in
+(an mmap() that the other gate asks about, an ioctl() whose caller has to obey it as well).
+
+A thread that waits in a request of ours cannot be stopped before we answer. So it is seized and
+asked to stop (:meth:`Hands.take`), then the request is answered, and the thread stops before it
+comes back to its program.
+
+Promises: nobody is held for longer than :class:`Limits` say; what a held thread does meanwhile, a
+signal, a fork or an exec included, goes its way; one that ends is noticed. Followed are duplicates
+of the descriptor in the same thread, and exec. Not seen: other threads, forked children, and what
+comes after the first mmap().
+
+Leaves out: the verdict on an mmap(), and what is then done to the client; the loop that awaits a
+:class:`Held` decides. Sources: ptrace(2), mmap(2), dup(2).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections import deque
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import attrs
+import trio
+
+from msharefs.clients.arch import Number
+from msharefs.clients.borrow import Borrowed
+from msharefs.clients.follow import Followed, LetGo
+from msharefs.clients.gone import Gone
+from msharefs.clients.tracer import TimedOut
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from msharefs.clients.arch import Registers
+    from msharefs.clients.borrow import Body
+    from msharefs.clients.ptrace import Tracee
+    from msharefs.clients.tracer import Session, Tracer
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MAP_ANONYMOUS: Final = 0x20
+F_DUPFD: Final = 0
+F_DUPFD_CLOEXEC: Final = 1030
+
+PATIENCE: Final = 5.0
+"""Seconds that a stopped thread waits for the loop to say what becomes of it. Then it goes on."""
+
+
+@attrs.frozen
+class Limits:
+    """How long an opener is followed: so many system calls, or so many seconds."""
+
+    calls: int = 128
+    seconds: float = 0.2
+
+
+@attrs.frozen
+class MmapCall:
+    """The arguments of an mmap(2) that is about to be made; the descriptor is a region's."""
+
+    length: int
+    prot: int
+    flags: int
+    offset: int
+
+
+@attrs.frozen
+class _Refuse:
+    code: int
+
+
+@attrs.frozen
+class _Run:
+    body: Body[Any]
+
+
+class _Go:
+    """Go on: follow, or make the call that was asked about."""
+
+
+_GO: Final = _Go()
+
+
+class Held:
+    """One thread. The methods are the loop's; each waits until the thread has come to it."""
+
+    def __init__(self, hands: Hands, tid: int, pid: int, limits: Limits | None) -> None:
+        self.tid: Final = tid
+        self.pid: Final = pid
+        self._hands = hands
+        self._limits = limits
+        self._token = trio.lowlevel.current_trio_token()
+        self._told: trio.MemorySendChannel[Any]
+        self._told, self._heard = trio.open_memory_channel[Any](64)
+        self._errands: deque[tuple[Body[Any], Callable[[Any], None]]] = deque()
+        self._over = False
+
+    async def placed(self) -> None:
+        """Until the thread is seized: the request it waits in may be answered.
+
+        Raises NotAdoptable if it may not be traced, Gone if it has ended.
+        """
+        outcome = await self._heard.receive()
+        if isinstance(outcome, Exception):
+            raise outcome
+
+    async def stopped(self) -> int:
+        """Until it has come to the end of its call: that call's result. Raises Gone."""
+        result: int = await self._hear()
+        return result
+
+    async def at_mmap(self) -> MmapCall | None:
+        """Until it is about to map the descriptor that it opened; None if it was let go."""
+        found: MmapCall | None = await self._hear()
+        return found
+
+    async def refuse(self, code: int) -> None:
+        """The mmap() fails with that errno; the thread is followed on."""
+        self._hands.tracer.answer(self.tid, _Refuse(code))
+
+    async def allow(self) -> int:
+        """The mmap() is made: the address, or minus an errno. The thread stays stopped after it."""
+        self._hands.tracer.answer(self.tid, _GO)
+        result: int = await self._hear()
+        return result
+
+    async def run(self, body: Body[T]) -> T:
+        """Borrow the stopped thread for some calls. Raises what ``body`` does, and Gone."""
+        self._hands.tracer.answer(self.tid, _Run(body))
+        result: T = await self._hear()
+        return result
+
+    def release(self) -> None:
+        """Let it go, if it is still stopped."""
+        self._hands.tracer.answer(self.tid, None)
+
+    async def errand(self, body: Body[T]) -> T:
+        """As :meth:`run`, of a thread that is being followed: at the end of its next call.
+
+        Of one that waits in a request of ours, at the end of that: do not await this before it is
+        answered. Raises Gone too if it was let go before.
+        """
+        done = trio.Event()
+        outcome: list[Any] = []
+
+        def finished(result: Any) -> None:
+            outcome.append(result)
+            self._token.run_sync_soon(done.set)
+
+        if self._over:
+            raise Gone(f"thread {self.tid}")
+        self._errands.append((body, finished))
+        await done.wait()
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        result: T = outcome[0]
+        return result
+
+    async def _hear(self) -> Any:
+        outcome = await self._heard.receive()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    # -- in the tracing thread
+
+    def _tell(self, outcome: Any) -> None:
+        try:
+            self._token.run_sync_soon(self._told.send_nowait, outcome)
+        except trio.RunFinishedError:
+            return
+
+    def _end(self, outcome: Any) -> None:
+        self._over = True
+        while self._errands:
+            self._errands.popleft()[1](Gone(f"thread {self.tid}"))
+        self._tell(outcome if isinstance(outcome, Exception) else None)
+        try:
+            self._token.run_sync_soon(self._hands.forget, self)
+        except trio.RunFinishedError:
+            return
+
+    def session(self) -> Session[None]:
+        followed = Followed.seize(self.tid, monotonic() + PATIENCE)
+        self._tell(None)
+        try:
+            registers = yield from followed.arrive()
+            if self._limits is None:
+                self._tell(registers.result)
+                yield from self._obey(followed.tracee)
+            elif registers.result >= 0:
+                yield from self._follow(followed, registers.result, self._limits)
+        except LetGo:
+            return
+        yield from followed.let_go()
+
+    def _obey(self, tracee: Tracee) -> Session[None]:
+        """Do what the loop says, with the thread stopped, until it is released."""
+        while True:
+            order = yield from _ask(tracee)
+            if not isinstance(order, _Run):
+                return
+            yield from self._borrow(tracee, order.body, self._tell)
+
+    def _borrow(
+        self, tracee: Tracee, body: Body[Any], tell: Callable[[Any], None]
+    ) -> Session[None]:
+        thread = Borrowed(self.pid, tracee)
+        outcome: Any
+        try:
+            thread.take()
+            try:
+                outcome = yield from body(thread)
+                yield from thread.forget()
+            finally:
+                if tracee.seized and tracee.stopped:
+                    thread.put_back()
+        except (Gone, TimedOut):
+            tell(Gone(f"thread {self.tid}"))
+            raise
+        except Exception as error:  # noqa: BLE001 - it is the loop's to judge
+            outcome = error
+        tell(outcome)
+
+    def _follow(self, followed: Followed, fd: int, limits: Limits) -> Session[None]:
+        """From the exit of one call to that of the next, until it has mapped the file."""
+        link = _link(self.tid, fd)
+        descriptors = {fd}
+        followed.tracee.deadline = monotonic() + limits.seconds
+        calls = 0
+        while True:
+            while self._errands:
+                body, done = self._errands.popleft()
+                yield from self._borrow(followed.tracee, body, done)
+            if calls >= limits.calls or not descriptors:
+                return
+            try:
+                registers = yield from followed.entry()
+                number, arguments = registers.number, registers.arguments
+                if _maps(number, arguments, descriptors) and self._same(arguments[4], link):
+                    if (yield from self._at_mmap(followed, registers)):
+                        return
+                else:
+                    registers = yield from followed.exit()
+                    _keep_track(number, arguments, registers.result, descriptors)
+            except TimedOut:
+                if not self._errands:
+                    return
+                # Somebody waits for this thread: it is wanted at the end of the call that it is in.
+                followed.tracee.interrupt()
+                calls = limits.calls
+                followed.tracee.deadline = monotonic() + PATIENCE
+                yield from followed.arrive()
+            calls += 1
+
+    def _at_mmap(self, followed: Followed, registers: Registers) -> Session[bool]:
+        """Ask about an mmap() at its entry, and make it or not: whether that was the end of it."""
+        _, length, prot, flags, _, offset = registers.arguments
+        tracee = followed.tracee
+        deadline, tracee.deadline = tracee.deadline, monotonic() + PATIENCE
+        self._tell(MmapCall(length, prot, flags, offset))
+        verdict = yield from _ask(tracee)
+        if isinstance(verdict, _Refuse):
+            followed.skip(registers)
+            yield from followed.exit()
+            followed.set_result(-verdict.code)
+            tracee.deadline = deadline
+            return False
+        if verdict is not None:  # else the loop is not there any more: it goes on unsupervised
+            registers = yield from followed.exit()
+            self._tell(registers.result)
+            yield from self._obey(tracee)
+        return True
+
+    def _same(self, fd: int, link: str) -> bool:
+        """Whether the number still stands for the file that was opened."""
+        return _link(self.tid, fd & 0xFFFFFFFF) == link
+
+
+class Hands:
+    """All threads that are held. For the loop's thread."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self.tracer: Final = tracer
+        self._held: dict[int, Held] = {}
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def of_thread(self, tid: int) -> Held | None:
+        return self._held.get(tid)
+
+    def take(self, tid: int, pid: int, limits: Limits | None = None) -> Held:
+        """Seize a thread that waits in a request of ours; await :meth:`Held.placed` first.
+
+        With ``limits`` it is followed to its first mmap() of the descriptor that the request
+        gives it; without, it stays stopped at the end of its call until :meth:`Held.release`.
+        """
+        held = Held(self, tid, pid, limits)
+        self._held[tid] = held
+        self.tracer.submit(held.session(), held._end)  # noqa: SLF001 - two halves of one thing
+        return held
+
+    def forget(self, held: Held) -> None:
+        if self._held.get(held.tid) is held:
+            del self._held[held.tid]
+
+
+def _ask(tracee: Tracee) -> Session[Any]:
+    """Wait, stopped, for what the loop has to say; None if it says nothing in time."""
+    deadline = tracee.deadline
+    tracee.deadline = monotonic() + PATIENCE
+    try:
+        answer: Any = yield tracee
+    except TimedOut:
+        log.error("thread %d waited for a verdict in vain, it goes on", tracee.tid)
+        answer = None
+    tracee.deadline = deadline
+    return answer
+
+
+def _link(tid: int, fd: int) -> str:
+    try:
+        return str(Path(f"/proc/{tid}/fd/{fd}").readlink())
+    except OSError as error:
+        if error.errno in {errno.ENOENT, errno.ESRCH}:
+            return ""
+        raise
+
+
+def _int(value: int) -> int:
+    """A descriptor as the kernel takes it from a register."""
+    value &= 0xFFFFFFFF
+    return value - (1 << 32) if value >> 31 else value
+
+
+def _maps(number: int, arguments: tuple[int, ...], descriptors: set[int]) -> bool:
+    return (
+        number == Number.MMAP
+        and not arguments[3] & MAP_ANONYMOUS
+        and _int(arguments[4]) in descriptors
+    )
+
+
+def _keep_track(
+    number: int, arguments: tuple[int, ...], result: int, descriptors: set[int]
+) -> None:
+    """A call has ended: which descriptors are the file's after it."""
+    first = _int(arguments[0])
+    if number == Number.CLOSE:
+        descriptors.discard(first)
+        return
+    if result < 0:
+        return
+    if number in {Number.DUP2, Number.DUP3} and first not in descriptors:
+        descriptors.discard(result)
+    elif first in descriptors and (
+        number in {Number.DUP, Number.DUP2, Number.DUP3}
+        or (number == Number.FCNTL and _int(arguments[1]) in {F_DUPFD, F_DUPFD_CLOEXEC})
+    ):
+        descriptors.add(result)

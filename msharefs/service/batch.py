@@ -1,0 +1,315 @@
+"""Many clients of one region, brought to one layout side by side.
+
+For: ``enforce.py``. First what is newly to be caught is caught, then protections are set by borrowed
+threads, then what need not be caught any more is let go; so the rule is in force at every moment.
+
+Promises: one that fails does not keep the others from being done; failures are returned, by client.
+Those that have gone, or map the region no more, are taken off the roster.
+
+Leaves out: what a failure means (``enforce.py``), what the layout is (``layout.py``).
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import attrs
+import trio
+
+from msharefs.abi import PROT_ALL
+from msharefs.clients.arch import Number
+from msharefs.clients.borrow import borrow
+from msharefs.clients.faults import Span
+from msharefs.clients.gone import Gone
+from msharefs.clients.replica import Comparison
+from msharefs.clients.userfault import Outcome, UserfaultUnavailable, make
+from msharefs.region.demand import Caught, Demand
+from msharefs.region.mapping import PROTS
+from msharefs.service.layout import newly, no_longer
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+    from msharefs.abi import Prot
+    from msharefs.clients.borrow import Body, Borrowed
+    from msharefs.clients.procmap import MappedRange
+    from msharefs.clients.replica import Step
+    from msharefs.clients.roster import Attachment, Client
+    from msharefs.clients.tracer import Session
+    from msharefs.service.enforce import Enforcer
+    from msharefs.service.layout import Layout
+    from msharefs.service.nodes import RegionFile
+
+    Run: TypeAlias = Callable[[Body[Any]], Awaitable[Any]]
+    """Borrows a thread that is stopped already (``Held.run``)."""
+
+LIMIT: Final = 1.0
+"""Seconds that a process has to stop for us before it counts as stuck."""
+
+MADV_DONTNEED: Final = 4
+
+
+@attrs.frozen
+class Caller:
+    """The thread that waits for a change, and its process."""
+
+    tid: int
+    pid: int
+
+
+class Batch:
+    """Clients that are brought to one layout, in three steps: catch, protect, lift."""
+
+    def __init__(
+        self,
+        enforcer: Enforcer,
+        file: RegionFile,
+        layout: Layout,
+        before: Sequence[Demand],
+        *,
+        rearm: bool = False,
+        caller: Caller | None = None,
+    ) -> None:
+        self._enforcer = enforcer
+        self._file = file
+        self._layout = layout
+        self._before = before
+        self._rearm = rearm
+        self._caller = caller
+        self.windows: dict[Client, list[MappedRange]] = {}
+        self.run_by: dict[Client, Run] = {}
+        """Whose thread is stopped already."""
+        self.late: list[Client] = []
+        """Whose only thread waits for us: left out of everything."""
+        self._catches = any(demand.caught for demand in layout.served)
+        self._uncatchable: set[Client] = set()
+        self._zap: dict[Client, list[Span]] = {}
+
+    async def look(self, clients: Sequence[Client]) -> None:
+        """What each has mapped. Those that have gone, or map the region no more, are forgotten."""
+        device, inode = self._enforcer.device, self._file.ino
+        roster = self._enforcer.roster
+
+        def windows() -> list[list[MappedRange] | None]:
+            found: list[list[MappedRange] | None] = []
+            for client in clients:
+                try:
+                    found.append(client.space.windows(device, inode))
+                except Gone:
+                    found.append(None)
+            return found
+
+        for client, mapped in zip(clients, await trio.to_thread.run_sync(windows), strict=True):
+            if mapped is None:
+                roster.forget(client)
+            elif mapped and self._must_wait(client):
+                self.late.append(client)
+            elif mapped:
+                self.windows[client] = mapped
+            else:
+                roster.detach(client, inode)
+
+    # -- what is caught
+
+    async def catch(self) -> dict[Client, Exception]:
+        """Catch what is newly to be caught; needs a userfaultfd, made where there is none."""
+        failures: dict[Client, Exception] = {}
+        if not self._catches:
+            return failures
+        makers = [client for client in self.windows if client.served is None]
+        made = await self._sessions(dict.fromkeys(makers, make))
+        for client, outcome in made.items():
+            if isinstance(outcome, Exception):
+                if not isinstance(outcome, Gone | UserfaultUnavailable):
+                    failures[client] = outcome
+                self._uncatchable.add(client)
+            else:
+                faults = self._enforcer.faults
+                client.served = faults.add(client, outcome, client.pid)
+                client.on_close.append(partial(faults.drop, client.served))
+        async with trio.open_nursery() as nursery:
+            for client in self.windows:
+                if client not in self._uncatchable:
+                    nursery.start_soon(self._catch_one, client, failures)
+        return failures
+
+    async def _catch_one(self, client: Client, failures: dict[Client, Exception]) -> None:
+        served = client.served
+        assert served is not None, "made before"
+        attached = client.regions[self._file.ino]
+        if self._rearm or not attached.armed:
+            wanted = [demand for demand in self._layout.served if demand.caught]
+        else:
+            wanted = newly(self._before, self._layout.served)
+        spans = _spans(self.windows[client], wanted, self._file.ino)
+        if not spans:
+            return
+        try:
+            outcome = await self._enforcer.faults.bring(served, spans)
+        except OSError as error:
+            failures[client] = error
+            return
+        if outcome is Outcome.SERVED:
+            self._note_armed(attached)
+            self._zap[client] = [span for span in spans if span.caught & Caught.ACCESSES]
+        elif outcome is Outcome.REFUSED:
+            self._uncatchable.add(client)
+
+    async def lift(self) -> None:
+        """Catch no more what is no longer to be caught."""
+        gone = no_longer(self._before, self._layout.served)
+        if not gone:
+            return
+        async with trio.open_nursery() as nursery:
+            for client, windows in self.windows.items():
+                attached = client.regions.get(self._file.ino)
+                if attached is None or not attached.armed:
+                    continue
+                spans = _spans(windows, gone, self._file.ino)
+                nursery.start_soon(self._lift_one, client, spans)
+                self._note_armed(attached)
+
+    def _note_armed(self, attached: Attachment) -> None:
+        served = self._layout.served
+        start, end = served[0].start, served[-1].end
+        outside = [(a, min(b, start)) for a, b in attached.armed if a < start]
+        outside += [(max(a, end), b) for a, b in attached.armed if b > end]
+        attached.armed = sorted([*outside, *((d.start, d.end) for d in served if d.caught)])
+
+    async def _lift_one(self, client: Client, spans: list[Span]) -> None:
+        served = client.served
+        assert served is not None, "made before"
+        await self._enforcer.faults.bring(served, spans)
+
+    # -- protections
+
+    async def step(self) -> dict[Client, Exception]:
+        """Make each client's mappings what they are to be."""
+        comparisons: dict[tuple[bool, int], Comparison] = {}
+        bodies: dict[Client, Body[None]] = {}
+        for client, windows in self.windows.items():
+            plain, within = client in self._uncatchable, self._most(client, windows)
+            comparison = comparisons.get((plain, within))
+            if comparison is None:
+                wanted = self._layout.plain if plain else self._layout.served
+                comparison = Comparison(wanted, within=PROTS[within])
+                comparisons[plain, within] = comparison
+            steps = comparison.steps(windows)
+            zap = self._zap.get(client, [])
+            if steps or zap:
+                bodies[client] = _protecting(steps, zap)
+        outcomes = await self._sessions(bodies)
+        failures = {c: e for c, e in outcomes.items() if isinstance(e, Exception)}
+        for client in [c for c, error in failures.items() if isinstance(error, Gone)]:
+            del failures[client]
+            self._enforcer.roster.forget(client)
+        return failures
+
+    def _most(self, client: Client, windows: list[MappedRange]) -> int:
+        """The rights that the client's mappings may have at all: those that it asked for.
+
+        Where the superset rule holds it asked for all that there are.
+        """
+        if self._file.region.semantics.superset:
+            return int(PROT_ALL)
+        attached = client.regions[self._file.ino]
+        return int(attached.rights(windows, has_now))
+
+    async def _sessions(self, bodies: dict[Client, Body[Any]]) -> dict[Client, Any]:
+        outcomes: dict[Client, Any] = {}
+        borrowed: list[Client] = []
+        for client, body in bodies.items():
+            run = self.run_by.get(client)
+            if run is not None:
+                try:
+                    outcomes[client] = await run(self._enforcer.guard(body))
+                except Exception as error:  # noqa: BLE001 - judged by the caller
+                    outcomes[client] = error
+            else:
+                borrowed.append(client)
+        guard = self._enforcer.guard
+        sessions: list[Session[Any]] = [
+            borrow(client.pid, guard(bodies[client]), limit=LIMIT) for client in borrowed
+        ]
+        results = await self._enforcer.tracer.run(sessions)
+        outcomes.update(zip(borrowed, results, strict=True))
+        return outcomes
+
+    def _must_wait(self, client: Client) -> bool:
+        """Whether the one thread of this client is the one that waits for us."""
+        caller = self._caller
+        if caller is None or caller.pid not in (client.pid, *client.sharers):
+            return False
+        return _threads(caller.pid) == 1
+
+
+class all_locks:  # noqa: N801 - used like a function
+    """The locks of many clients, in one order for everybody."""
+
+    def __init__(self, clients: Sequence[Client]) -> None:
+        self._clients = sorted(set(clients), key=id)
+        self._held: list[Client] = []
+
+    async def __aenter__(self) -> None:
+        try:
+            for client in self._clients:
+                await client.lock.acquire()
+                self._held.append(client)
+        except BaseException:
+            self._release()
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        for client in self._held:
+            client.lock.release()
+        self._held = []
+
+
+def has_now(window: MappedRange) -> Prot:
+    return window.prot
+
+
+def _protecting(steps: Sequence[Step], zap: Sequence[Span]) -> Body[None]:
+    def body(thread: Borrowed) -> Session[None]:
+        for span in zap:
+            yield from thread.call(Number.MADVISE, span.address, span.size, MADV_DONTNEED)
+        for step in steps:
+            result = yield from thread.call(
+                Number.MPROTECT, step.address, step.size, int(step.prot)
+            )
+            if result < 0:
+                raise OSError(
+                    -result,
+                    f"process {thread.pid}: mprotect {step.prot.text()}: {os.strerror(-result)}",
+                )
+
+    return body
+
+
+def _spans(windows: Iterable[MappedRange], wanted: Sequence[Demand], region: int) -> list[Span]:
+    """Where ``wanted`` lies in a client's address space."""
+    return [
+        Span(
+            window.start + max(demand.start - window.offset, 0),
+            min(demand.end, window.offset + window.end - window.start)
+            - max(demand.start, window.offset),
+            region,
+            max(demand.start, window.offset),
+            demand.caught,
+        )
+        for window in windows
+        for demand in wanted
+        if demand.start < window.offset + window.end - window.start and window.offset < demand.end
+    ]
+
+
+def _threads(pid: int) -> int:
+    try:
+        return os.stat(f"/proc/{pid}/task").st_nlink - 2  # noqa: PTH116 - cheap, and often
+    except OSError:
+        return 0

@@ -1,0 +1,505 @@
+"""Brings the processes that map a region to what its table demands, and keeps them there.
+
+For: a change of a region in every process before the ioctl returns (:class:`Move`), and making a
+process that is new (found at the gate, forked, found by the census) a replica of the table.
+
+How a change goes: those who map the region are gathered; each is brought to what the old *and*
+the new table allow; then the table is swapped and memory dropped, which is the caller's part; then
+each is brought to the new table. All processes are worked on side by side. Rights are taken away
+everywhere before anything else happens, so nobody ever has more than old and new rights together.
+Processes that turn up meanwhile (forks of those not yet changed) are looked for after each step
+until there are no more.
+
+What cannot be changed: a process that may not be borrowed (NotAdoptable), or did not stop within
+:data:`~msharefs.service.batch.LIMIT` (ClientStuck). With ``enforce=strict`` the change is undone and its caller gets the
+errno. With ``enforce=best`` the process is listed as unenforced with the reason, an event tells,
+and every later change and census tries again. A process that refuses a call itself (ENOMEM: too
+many mappings) has the change undone under either policy.
+
+What shares what: everything runs in the loop; a region's changes are serialised by its lock, and
+``Client.lock`` is held while one client is looked at and changed.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+import trio
+
+from msharefs.abi import Prot
+from msharefs.clients.gone import Gone
+from msharefs.clients.identity import identify
+from msharefs.clients.policy import Enforce, Way, way
+from msharefs.clients.replica import is_replica
+from msharefs.clients.roster import Client, State
+from msharefs.clients.space import AddressSpace
+from msharefs.region.demand import both
+from msharefs.region.errors import ClientStuck, NotAdoptable, RightsInUse
+from msharefs.region.events import Event, EventKind
+from msharefs.region.mapping import PROTS
+from msharefs.service.batch import LIMIT, Batch, Caller, all_locks, has_now
+from msharefs.service.errors import errno_of
+from msharefs.service.layout import END, After, Layout, anything, layout_of
+from msharefs.service.move import Move, unknown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
+
+    from msharefs.clients.borrow import Body
+    from msharefs.clients.census import Census
+    from msharefs.clients.faults import Faults, Served
+    from msharefs.clients.holding import Hands, Held
+    from msharefs.clients.procmap import MappedRange
+    from msharefs.clients.roster import Roster
+    from msharefs.clients.tracer import Tracer
+    from msharefs.region.demand import Demand
+    from msharefs.region.mapping import Change
+    from msharefs.service.batch import Run
+    from msharefs.service.changes import RegionState
+    from msharefs.service.nodes import RegionFile
+
+log = logging.getLogger(__name__)
+
+
+SMALL_TABLE: Final = 64
+"""Up to so many mappings a client is compared with the whole table at each change, and with the
+changed range beyond that."""
+
+
+CENSUS_PAUSE: Final = 0.25
+"""Seconds between two censuses that nobody waits for."""
+
+
+class Enforcer:
+    """All that is enforced on one mount."""
+
+    def __init__(
+        self,
+        *,
+        device: int,
+        tracer: Tracer,
+        hands: Hands,
+        roster: Roster,
+        census: Census,
+        faults: Faults,
+        enforce: Enforce,
+        protect: Way,
+        huge: bool,
+        tell: Callable[[RegionFile, Event], object],
+        state: Callable[[RegionFile], RegionState],
+        guard: Callable[[Body[Any]], Body[Any]] = lambda body: body,
+    ) -> None:
+        """``guard`` wraps what borrowed threads do, for a gate that has to be told of it."""
+        self.device: Final = device
+        self.tracer: Final = tracer
+        self.hands: Final = hands
+        self.roster: Final = roster
+        self.census: Final = census
+        self.faults: Final = faults
+        self.strict: Final = enforce is Enforce.STRICT
+        self._protect = protect
+        self._huge = huge
+        self.tell = tell
+        self.guard: Final = guard
+        self.state = state
+        self._holders: dict[int, tuple[int, int]] = {}
+        self._spaces: dict[int, AddressSpace] = {}
+        self._look = trio.Event()
+        self._later: trio.Nursery | None = None
+        self._orphans: list[Served] = []
+
+    def way(self, file: RegionFile, size: int) -> Way:
+        """By which way a change that makes so many bytes read-only should go."""
+        return way(self._protect, size, len(self.roster.of_region(file.ino)), huge=self._huge)
+
+    # -- who
+
+    async def gather(self, file: RegionFile) -> list[Client]:
+        """Everybody who maps the region, found out now."""
+        await self.roster.survey(full=True)
+        return self.roster.of_region(file.ino)
+
+    async def newcomers(self, file: RegionFile, known: Iterable[Client]) -> list[Client]:
+        """Who maps the region by now and is not among ``known``."""
+        await self.roster.survey()
+        seen = set(known)
+        return [client for client in self.roster.of_region(file.ino) if client not in seen]
+
+    # -- a change
+
+    def idle(self, file: RegionFile) -> bool:
+        """Whether nobody can be affected by a change, as far as a few microseconds can tell.
+
+        True only if the region has one descriptor, the process that opened it does not map it, and
+        no process was made since somebody looked. A process that was handed the descriptor over a
+        socket is not seen by that: the census that follows finds it a little later.
+        """
+        region, holder = file.region, self._holders.get(file.ino)
+        if self.roster.of_region(file.ino) or region.descriptors > 1 or holder is None:
+            return False
+        pid, mark = holder
+        try:
+            if self.census.last_pid() != mark or self._spaces[pid].windows(self.device, file.ino):
+                return False
+        except Gone:
+            return False
+        self.look_around()
+        return True
+
+    def _remember_holder(self, file: RegionFile, pid: int, mark: int) -> None:
+        """``pid`` asks for a change of a region that only it has open: next time may be idle."""
+        self.forget_holder(file)
+        if not pid or file.region.descriptors != 1 or self.roster.of_region(file.ino):
+            return
+        try:
+            space = self._spaces.get(pid)
+            if space is None:
+                space = self._spaces[pid] = AddressSpace(pid)
+            space.check()
+        except (Gone, OSError):
+            return
+        self._holders[file.ino] = pid, mark
+
+    def forget_holder(self, file: RegionFile) -> None:
+        """The region has another descriptor, or none."""
+        pid, _ = self._holders.pop(file.ino, (0, 0))
+        if pid and all(other != pid for other, _ in self._holders.values()):
+            self._spaces.pop(pid).close()
+
+    def forget_region(self, file: RegionFile) -> None:
+        """The region has gone, and all its mappings with it or out of reach."""
+        self.forget_holder(file)
+        for client in self.roster.of_region(file.ino):
+            self.roster.detach(client, file.ino)
+
+    def close(self) -> None:
+        for space in self._spaces.values():
+            space.close()
+        self._spaces.clear()
+        self._holders.clear()
+
+    def after(self, file: RegionFile, state: RegionState, change: Change) -> After:
+        """What will be watched, and protected by faults, once ``change`` is done.
+
+        What is unmapped is watched no more, nor is what takes its place.
+        """
+        by_fault, watches = state.by_fault.copy(), state.watches
+        for part in change.ranges:
+            by_fault.remove(part.start, part.end)
+            if part.replaced and watches.within(part.start, part.end):
+                watches = watches.copy() if watches is state.watches else watches
+                watches.disarm(part.start, part.end)
+        if self._takes_only_write(change):
+            size = change.ranges[-1].end - change.ranges[0].start
+            if self.way(file, size) is Way.FAULT:
+                for part in change.ranges:
+                    by_fault.add(part.start, part.end)
+        return After(by_fault, watches)
+
+    @staticmethod
+    def _takes_only_write(change: Change) -> bool:
+        return bool(change.ranges) and all(
+            part.lost == Prot.WRITE and not part.gained and part.new is not None
+            for part in change.ranges
+        )
+
+    async def begin(
+        self,
+        file: RegionFile,
+        state: RegionState,
+        change: Change,
+        after: After,
+        *,
+        caller: int = 0,
+    ) -> Move:
+        """A planned change, on its way through those who map the region.
+
+        ``caller`` is the thread that waits for it.
+        """
+        mark = self.census.last_pid()
+        clients = await self.gather(file)
+        caller_pid = identify(caller).pid if caller else 0
+        self._remember_holder(file, caller_pid, mark)
+        region, ranges = file.region, change.ranges
+        start, end = 0, END
+        if len(region.table) > SMALL_TABLE and ranges:
+            start, end = ranges[0].start, ranges[-1].end
+        old = layout_of(region, state, start, end)
+        new = layout_of(region, state, start, end, ranges, after)
+        return Move(self, file, old, new, clients, Caller(caller, caller_pid))
+
+    async def rewatch(self, file: RegionFile, start: int, end: int, *, tid: int) -> None:
+        """The watches of ``[start, end)`` are others now: catch there by them, every page anew.
+
+        The caller holds the region's lock. Raises as a change does; the caller then puts the
+        watches back and calls again.
+        """
+        clients = await self.gather(file)
+        new = layout_of(file.region, self.state(file), start, end)
+        old = Layout(new.plain, anything(new))
+        between = Layout(new.plain, both(new.plain, new.served))
+        caller = Caller(tid, identify(tid).pid if tid else 0)
+        move = Move(self, file, old, new, clients, caller, between=between, rearm=True)
+        await move.narrow()
+        await move.widen()
+        await move.leave()
+
+    # -- those who are served
+
+    def forked(self, _parent: Served, child: Served) -> None:
+        """A child has a userfaultfd of its own from its first moment; the census will find it."""
+        self._orphans.append(child)
+
+    def unserved(self, served: Served, why: str) -> None:
+        """Nothing is caught there any more, because the process ended or something went wrong."""
+        if served in self._orphans:
+            self._orphans.remove(served)
+        client = served.client
+        if isinstance(client, Client) and client.served is served:
+            log.debug("process %s is not served any more: %s", served.pid, why)
+            client.served = None
+            for attached in client.regions.values():
+                attached.armed = []
+
+    async def check_rights(self, file: RegionFile, clients: Sequence[Client], gained: Prot) -> None:
+        """Raises RightsInUse if a live mapping was made without a right that is to come."""
+        wanted = int(gained)
+        if not wanted:
+            return
+        plain = layout_of(file.region, self.state(file)).plain
+
+        def look() -> list[tuple[Client, Prot]]:
+            found: list[tuple[Client, Prot]] = []
+            for client in clients:
+                attached = client.regions.get(file.ino)
+                if attached is None:
+                    continue
+                try:
+                    windows = client.space.windows(self.device, file.ino)
+                    replica = is_replica(windows, plain)
+
+                    otherwise = client.space.may if replica else has_now
+                    found.append((client, attached.rights(windows, otherwise)))
+                except Gone:
+                    continue
+            return found
+
+        for client, rights in await trio.to_thread.run_sync(look):
+            lacking = wanted & ~int(rights)
+            if lacking:
+                raise RightsInUse(
+                    f"process {client.pid} maps the region {rights.text()}, which lacks"
+                    f" {PROTS[lacking].text()} that the region would newly give"
+                )
+
+    # -- one or many clients
+
+    async def bring(
+        self,
+        file: RegionFile,
+        clients: Sequence[Client],
+        layout: Layout,
+        before: Sequence[Demand] = (),
+        *,
+        rearm: bool = False,
+        caller: Caller | None = None,
+        strict: bool | None = None,
+    ) -> list[Client]:
+        """Bring clients to ``layout``; what ``before`` catches is caught in them already.
+
+        With ``rearm`` it is caught anew. Those who have to wait for the end of the ``caller``'s
+        call, because the caller's thread is the only one of its process, are returned. Raises as
+        the module says.
+        """
+        if not clients:
+            return []
+        strict = self.strict if strict is None else strict
+        batch = Batch(self, file, layout, before, rearm=rearm, caller=caller)
+        async with all_locks(clients):
+            await batch.look(clients)
+            failures = await batch.catch()
+            failures |= await batch.step()
+            await batch.lift()
+        self._judge(file, [c for c in clients if c not in batch.late], failures, strict=strict)
+        return batch.late
+
+    def _judge(
+        self,
+        file: RegionFile,
+        clients: Sequence[Client],
+        failures: dict[Client, Exception],
+        *,
+        strict: bool,
+    ) -> None:
+        hard: Exception | None = None
+        for client in clients:
+            attached = client.regions.get(file.ino)
+            if attached is None:
+                continue
+            error = failures.get(client)
+            if error is None:
+                attached.state = State.FAULT if attached.armed else State.REPLICA
+                attached.why = ""
+                continue
+            self.unenforced(file, client, error)
+            if strict or not isinstance(error, NotAdoptable | ClientStuck):
+                hard = hard or error
+        if hard is not None:
+            raise hard
+
+    def unenforced(self, file: RegionFile, client: Client, error: Exception) -> None:
+        """List the client as one that does not obey, and tell of it once."""
+        attached = client.regions.get(file.ino)
+        why = str(error)
+        if attached is None or (attached.state is State.UNENFORCED and attached.why == why):
+            return
+        attached.state, attached.why = State.UNENFORCED, why
+        detail = (("reason", why),)
+        self.tell(
+            file,
+            Event(
+                EventKind.UNENFORCED,
+                file.region.name,
+                attrs.evolve(identify(client.pid), pid=client.pid),
+                "adopt",
+                detail=detail,
+            ),
+        )
+
+    async def at_the_end(self, file: RegionFile, client: Client, caller: Caller) -> None:
+        """The caller's thread is the only one of its client: it is dealt with at its call's end.
+
+        Until then it runs nothing. When this returns the call may be answered.
+        """
+        with trio.move_on_after(LIMIT) as waited:
+            await client.lock.acquire()
+        if waited.cancelled_caught:
+            self.unenforced(file, client, ClientStuck(f"process {client.pid} is being changed"))
+            return
+        try:
+            held = self.hands.of_thread(caller.tid)
+            if held is not None:
+                self._soon(self._finish(file, client, held.errand))
+                return
+            held = self.hands.take(caller.tid, caller.pid)
+            try:
+                await held.placed()
+            except (Gone, NotAdoptable) as error:
+                client.lock.release()
+                if isinstance(error, NotAdoptable):
+                    self.unenforced(file, client, error)
+                return
+            self._soon(self._finish_stopped(file, client, held))
+        except BaseException:
+            client.lock.release()
+            raise
+
+    async def _finish_stopped(self, file: RegionFile, client: Client, held: Held) -> None:
+        try:
+            await held.stopped()
+        except Gone:
+            client.lock.release()
+            return
+        try:
+            await self._finish(file, client, held.run)
+        finally:
+            held.release()
+
+    async def _finish(self, file: RegionFile, client: Client, run: Run) -> None:
+        """Bring a client, whose lock is held, to what the region demands by now."""
+        try:
+            layout = layout_of(file.region, self.state(file))
+            batch = Batch(self, file, layout, anything(layout), rearm=True)
+            batch.run_by[client] = run
+            await batch.look([client])
+            failures = await batch.catch()
+            failures |= await batch.step()
+            await batch.lift()
+            self._judge(file, [client], failures, strict=False)
+        except Gone:
+            self.roster.forget(client)
+        except Exception as error:  # noqa: BLE001 - listed; a change will try again
+            self.unenforced(file, client, error)
+        finally:
+            client.lock.release()
+
+    def _soon(self, work: Coroutine[Any, Any, None]) -> None:
+        async def do() -> None:
+            try:
+                await work
+            except Exception as error:  # noqa: BLE001 - one client's affair
+                errno_of(error, "seeing a change through")
+
+        assert self._later is not None, "the enforcer runs"
+        self._later.start_soon(do)
+
+    # -- those that nobody saw come
+
+    def look_around(self) -> None:
+        """Have a census soon: somebody may map a region whom no gate saw."""
+        self._look.set()
+
+    async def run(
+        self,
+        regions: Callable[[int], RegionFile | None],
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """For ever: look around when there is reason to, and adopt whom that finds.
+
+        ``regions`` finds a region by its inode.
+        """
+        async with trio.open_nursery() as nursery:
+            self._later = nursery
+            nursery.start_soon(self.roster.watch, self._ended)
+            task_status.started()
+            while True:
+                await self._look.wait()
+                self._look = trio.Event()
+                try:
+                    await self._take_census(regions)
+                except Exception as error:  # noqa: BLE001 - the next one may go better
+                    errno_of(error, "taking a census")
+                await trio.sleep(CENSUS_PAUSE)
+
+    def _ended(self, client: Client) -> None:
+        """The client's process has ended; the roster forgets it."""
+
+    async def _take_census(self, regions: Callable[[int], RegionFile | None]) -> None:
+        await self.roster.survey(full=True)
+        inodes = {inode for client in self.roster for inode in client.regions}
+        for inode in inodes:
+            file = regions(inode)
+            if file is None:
+                continue
+            state = self.state(file)
+            async with state.lock:
+                new = [c for c in self.roster.of_region(inode) if unknown(c, inode)]
+                try:
+                    await self.bring(file, new, layout_of(file.region, state), strict=False)
+                except Exception as error:  # noqa: BLE001 - listed; a change will try again
+                    errno_of(error, f"adopting those who map {file.region.name}")
+
+    async def admit(
+        self,
+        file: RegionFile,
+        state: RegionState,
+        client: Client,
+        window: MappedRange,
+        run: Run,
+    ) -> None:
+        """Make a client a replica whose thread is stopped right after its mmap(), by ``run``.
+
+        The caller holds the client's lock. Raises NotAdoptable, Gone, OSError.
+        """
+        batch = Batch(self, file, layout_of(file.region, state), ())
+        batch.windows[client] = [window]
+        batch.run_by[client] = run
+        failures = await batch.catch()
+        failures |= await batch.step()
+        if client in failures:
+            raise failures[client]
+        attached = client.regions[file.ino]
+        attached.state = State.FAULT if attached.armed else State.REPLICA
+        attached.why = ""

@@ -1,0 +1,115 @@
+"""The parts that make other processes obey, put together for one mount.
+
+For: the life cycle (``daemon.py``): :meth:`Enforcement.run` while the mount is served,
+:meth:`Enforcement.close` when it has gone. What the parts do is theirs to say: ``enforce.py``
+(changes), ``gatekeeper.py`` (those who map), ``accesses.py`` (caught accesses).
+
+When the server ends, in good order or not, all threads that it held go on, mappings stay as they
+are, and what was caught by userfaultfds is caught no more.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from msharefs.clients.census import Census
+from msharefs.clients.faults import Faults
+from msharefs.clients.holding import Hands
+from msharefs.clients.ptrace import Tracee
+from msharefs.clients.roster import Roster
+from msharefs.clients.tracer import Tracer
+from msharefs.service.accesses import Accesses
+from msharefs.service.enforce import Enforcer
+from msharefs.service.gatekeeper import Gatekeeper
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from msharefs.clients.borrow import Body, Borrowed
+    from msharefs.clients.gate_lsm import LsmGate
+    from msharefs.clients.tracer import Session
+    from msharefs.service.changes import Changes
+    from msharefs.service.nodes import RegionFile
+    from msharefs.service.notifications import Notifications
+    from msharefs.service.options import MountOptions
+
+
+class Enforcement:
+    """Everything that is enforced on one mount. ``device`` is its st_dev."""
+
+    def __init__(
+        self,
+        device: int,
+        options: MountOptions,
+        changes: Changes,
+        notifications: Notifications,
+        regions: Callable[[int], RegionFile | None],
+        lsm: LsmGate | None,
+    ) -> None:
+        self._regions = regions
+        self._changes = changes
+        self.lsm: Final = lsm
+        Tracee.own_device = device
+        self.tracer: Final = Tracer()
+        self.census: Final = Census(device)
+        self.roster: Final = Roster(self.census)
+        host = Accesses(notifications)
+        self.faults: Final = Faults(host)
+        notifications.settle = self.faults.settle
+        self.enforcer: Final = Enforcer(
+            device=device,
+            tracer=self.tracer,
+            hands=Hands(self.tracer),
+            roster=self.roster,
+            census=self.census,
+            faults=self.faults,
+            enforce=options.enforce,
+            protect=options.protect,
+            huge=options.huge not in {None, "never"},
+            tell=changes.tell,
+            state=changes.state,
+            guard=_announced(lsm) if lsm is not None else _as_it_is,
+        )
+        host.enforcer = self.enforcer
+        self.gatekeeper: Gatekeeper | None = None
+        changes.enforcer = self.enforcer
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """For ever."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self.faults.run)
+            await nursery.start(self.enforcer.run, self._regions)
+            self.gatekeeper = Gatekeeper(self.enforcer, self._changes, nursery)
+            task_status.started()
+            await trio.sleep_forever()
+
+    def close(self) -> None:
+        """Let go of everybody. Blocks briefly."""
+        self._changes.enforcer = None
+        self.tracer.close()
+        self.enforcer.close()
+        self.roster.close()
+        self.faults.close()
+        self.census.close()
+
+
+def _as_it_is(body: Body[Any]) -> Body[Any]:
+    return body
+
+
+def _announced(lsm: LsmGate) -> Callable[[Body[Any]], Body[Any]]:
+    """The lsm gate refuses mprotect() of a region's mapping, but for threads that it is told of."""
+
+    def guard(body: Body[Any]) -> Body[Any]:
+        def announced(thread: Borrowed) -> Session[Any]:
+            lsm.allow(thread.tid)
+            try:
+                return (yield from body(thread))
+            finally:
+                lsm.disallow(thread.tid)
+
+        return announced
+
+    return guard

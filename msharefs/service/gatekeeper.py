@@ -1,0 +1,202 @@
+"""Who maps a region is met at the gate: the verdict on its mmap(), and its adoption.
+
+For: both kinds of gate. The *ptrace* gate holds whoever opens a region until its first mmap() of
+that descriptor (``clients/holding.py``); the *lsm* gate asks when mmap() is called
+(``service/mmaps.py``), and the caller is then taken in hand at the end of that call. In either case
+the thread stops right after the mapping was made and before its program knows of it, the process is
+made a replica of the region's table, and the thread is let go.
+
+What becomes of one that cannot be adopted is the mount's policy: ``enforce=strict`` refuses the
+open() or mmap() (EPERM), ``enforce=best`` lets it in and lists it as unenforced.
+
+When it dies: the opener, at any step: nothing is left of it. The server: the kernel lets go of
+everybody, mmap() goes on unsupervised.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from msharefs.clients.gone import Gone
+from msharefs.clients.holding import Limits
+from msharefs.clients.identity import identify
+from msharefs.clients.procmap import MappedRange
+from msharefs.region.errors import NotAdoptable, PrivateMapping, RegionError
+from msharefs.region.events import Event, EventKind
+from msharefs.region.mapping import PROTS
+from msharefs.region.pages import page_up
+from msharefs.service.errors import errno_of
+from msharefs.units import errno_name
+
+if TYPE_CHECKING:
+    from msharefs.abi import Prot
+    from msharefs.clients.holding import Held, MmapCall
+    from msharefs.region.events import Actor
+    from msharefs.service.changes import Changes
+    from msharefs.service.enforce import Enforcer
+    from msharefs.service.nodes import RegionFile
+
+log = logging.getLogger(__name__)
+
+LIMITS: Final = Limits()
+MAP_PRIVATE: Final = 0x02
+MAP_TYPE: Final = 0x0F
+MAX_ERRNO: Final = 4095
+
+
+class Gatekeeper:
+    """Attends to those who come through the gate. ``nursery``: where it does so."""
+
+    def __init__(self, enforcer: Enforcer, changes: Changes, nursery: trio.Nursery) -> None:
+        self._enforcer = enforcer
+        self._changes = changes
+        self._nursery = nursery
+
+    async def hold(self, file: RegionFile, actor: Actor) -> None:
+        """An opener waits for our answer: hold it until it maps the region.
+
+        To be answered when this returns. Raises NotAdoptable if it is not to be let in.
+        """
+        with trio.CancelScope(shield=True):  # being stopped looks like a signal to its open()
+            held = await self._take(file, actor, "open", LIMITS)
+            if held is not None:
+                self._nursery.start_soon(self._attend, held, file, actor)
+
+    async def admit(self, file: RegionFile, tid: int, prot: Prot) -> None:
+        """The caller of an mmap() that the rules allow: adopt it at the end of that call."""
+        actor = identify(tid)
+        held = await self._take(file, actor, "mmap", None)
+        if held is not None:
+            self._nursery.start_soon(self._attend_one, held, file, actor, prot)
+
+    async def _take(
+        self, file: RegionFile, actor: Actor, via: str, limits: Limits | None
+    ) -> Held | None:
+        """The thread in hand; None if it goes its way unsupervised."""
+        if self._enforcer.hands.of_thread(actor.tid) is not None:
+            return None  # it is held for another region; the census will find this one
+        try:
+            if not actor.pid:
+                raise NotAdoptable("the process lives in a foreign pid namespace")  # noqa: TRY301
+            held = self._enforcer.hands.take(actor.tid, actor.pid, limits)
+            await held.placed()
+        except Gone:
+            return None
+        except NotAdoptable as error:
+            if self._enforcer.strict:
+                self._changes.refuse(file, actor, via, "EPERM", str(error))
+                raise
+            self._tell_unenforced(file, actor, via, error)
+            return None
+        return held
+
+    def _tell_unenforced(self, file: RegionFile, actor: Actor, via: str, error: Exception) -> None:
+        detail = (("reason", str(error)),)
+        self._changes.tell(
+            file, Event(EventKind.UNENFORCED, file.region.name, actor, via, detail=detail)
+        )
+
+    # -- ptrace
+
+    async def _attend(self, held: Held, file: RegionFile, actor: Actor) -> None:
+        try:
+            while True:
+                call = await held.at_mmap()
+                if call is None:
+                    self._enforcer.look_around()  # it may map the region later, or its child
+                    return
+                try:
+                    self._judge(file, call)
+                except RegionError as error:
+                    code = errno_of(error, "mmap")
+                    self._changes.refuse(file, actor, "mmap", errno_name(code), str(error))
+                    await held.refuse(code)
+                    continue
+                if call.flags & MAP_TYPE == MAP_PRIVATE:
+                    await held.allow()  # a copy; nothing here reaches it
+                    return
+                await self._admit(held, file, actor, call)
+                return
+        except Gone:
+            return
+        except Exception as error:  # noqa: BLE001 - one process's affair
+            errno_of(error, f"process {actor.pid} at the gate of {file.region.name}")
+        finally:
+            held.release()
+
+    @staticmethod
+    def _judge(file: RegionFile, call: MmapCall) -> None:
+        if call.flags & MAP_TYPE == MAP_PRIVATE:
+            if not file.region.semantics.private:
+                raise PrivateMapping("mmap() with MAP_PRIVATE: only MAP_SHARED is a share")
+            return
+        file.region.check_mmap(PROTS[call.prot & 7])
+
+    async def _admit(self, held: Held, file: RegionFile, actor: Actor, call: MmapCall) -> None:
+        roster = self._enforcer.roster
+        client = roster.add(actor.pid, [file.ino])
+        async with client.lock:
+            address = await held.allow()
+            if -MAX_ERRNO <= address < 0:
+                if not client.regions[file.ino].declared:
+                    roster.detach(client, file.ino)
+                return
+            end = address + page_up(call.length)
+            prot = PROTS[call.prot & 7]
+            window = MappedRange(actor.pid, address, end, prot, True, call.offset, file.ino)
+            await self._adopt(held, file, actor, window, prot)
+
+    # -- lsm
+
+    async def _attend_one(self, held: Held, file: RegionFile, actor: Actor, prot: Prot) -> None:
+        try:
+            address = await held.stopped()
+            if -MAX_ERRNO <= address < 0:
+                return
+            client = self._enforcer.roster.add(actor.pid, [file.ino])
+            async with client.lock:
+                windows = client.space.windows(self._enforcer.device, file.ino)
+                for window in windows:
+                    if window.start <= address < window.end:
+                        await self._adopt(held, file, actor, window, prot)
+        except Gone:
+            return
+        except Exception as error:  # noqa: BLE001 - one process's affair
+            errno_of(error, f"process {actor.pid} at the gate of {file.region.name}")
+        finally:
+            held.release()
+
+    async def _adopt(
+        self, held: Held, file: RegionFile, actor: Actor, window: MappedRange, prot: Prot
+    ) -> None:
+        enforcer = self._enforcer
+        client = enforcer.roster.of_pid(actor.pid)
+        if client is None or file.ino not in client.regions:
+            return
+        client.regions[file.ino].declare(window.start, window.end, prot)
+        try:
+            await enforcer.admit(file, self._changes.state(file), client, window, held.run)
+        except Gone:
+            enforcer.roster.forget(client)
+        except Exception as error:  # noqa: BLE001 - listed; a change will try again
+            if not isinstance(error, RegionError | OSError):
+                errno_of(error, f"adopting process {actor.pid}")
+            enforcer.unenforced(file, client, error)
+        else:
+            where = (("address", f"{window.start:#x}"), ("prot", prot.text()))
+            size = window.end - window.start
+            enforcer.tell(
+                file,
+                Event(
+                    EventKind.ADOPT,
+                    file.region.name,
+                    actor,
+                    "mmap",
+                    window.offset,
+                    size,
+                    where,
+                ),
+            )

@@ -1,0 +1,98 @@
+"""What a region demands of the processes that map it, now and after a planned change.
+
+For: ``enforce.py``. Pure. Leaves out: how the demands come about (``region/demand.py``).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import attrs
+
+from msharefs.region.demand import Caught, Demand, changed, cover, demands
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from msharefs.region.mapping import RangeChange
+    from msharefs.region.region import Region
+    from msharefs.region.spans import SpanSet
+    from msharefs.region.watch import Watches
+    from msharefs.service.changes import RegionState
+
+END: Final = 1 << 62
+"""Bytes. Past the end of every region, and within what a file offset can be."""
+
+
+@attrs.frozen
+class Layout:
+    """What a range of the region demands: by the table, and with what is caught."""
+
+    plain: list[Demand]
+    served: list[Demand]
+
+
+@attrs.frozen
+class After:
+    """What else a change changes: what is protected by faults, and what is watched."""
+
+    by_fault: SpanSet
+    watches: Watches
+
+
+def layout_of(
+    region: Region,
+    state: RegionState,
+    start: int = 0,
+    end: int = END,
+    ranges: Sequence[RangeChange] = (),
+    after: After | None = None,
+) -> Layout:
+    """The layout of ``[start, end)``, as it will be once the planned ``ranges`` are applied.
+
+    What lies past the region's end is what ``Semantics.beyond`` says.
+    """
+    limit = max(region.limit, ranges[-1].end if ranges else 0)
+    pieces = cover(region.table, start, min(end, limit))
+    if ranges:
+        pieces = changed(pieces, ranges)
+    if end > limit:
+        pieces.append((max(start, limit), end, region.semantics.beyond or None))
+    watches = state.watches if after is None else after.watches
+    watched = [(w.start, w.end, int(w.events)) for w in watches.within(start, end)]
+    faulting = state.by_fault if after is None else after.by_fault
+    plain = demands(pieces)
+    return Layout(plain, demands(pieces, watched, faulting) if watched or faulting else plain)
+
+
+def anything(layout: Layout) -> list[Demand]:
+    """The range of ``layout``, as if everything were caught there: for when nobody knows."""
+    caught = Caught.STORES | Caught.ACCESSES
+    return [attrs.evolve(demand, caught=caught) for demand in layout.plain]
+
+
+def newly(before: Sequence[Demand], after: Sequence[Demand]) -> list[Demand]:
+    """What ``after`` catches and ``before`` did not, or not all of it. ``before`` covers it."""
+    return [new for old, new in _met(before, after) if new.caught & ~old.caught]
+
+
+def no_longer(before: Sequence[Demand], after: Sequence[Demand]) -> list[Demand]:
+    """What ``before`` caught and ``after`` does not, with what it does catch there."""
+    return [new for old, new in _met(before, after) if old.caught & ~new.caught]
+
+
+def _met(before: Sequence[Demand], after: Sequence[Demand]) -> list[tuple[Demand, Demand]]:
+    """The two, cut where either of them changes, where both say something."""
+    met: list[tuple[Demand, Demand]] = []
+    i = j = 0
+    while i < len(before) and j < len(after):
+        old, new = before[i], after[j]
+        low, high = max(old.start, new.start), min(old.end, new.end)
+        if low < high:
+            met.append((old, attrs.evolve(new, start=low, end=high)))
+        i += old.end == high
+        j += new.end == high
+        if low >= high:  # a gap in one of them
+            i += old.end <= new.start
+            j += new.end <= old.start
+    return met
