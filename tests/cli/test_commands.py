@@ -68,7 +68,7 @@ def test_info_says_what_a_region_and_a_mount_are(mshare, mount):
     assert json.loads(mshare("info", "@r", "--json"))["size"] == 1 << 20
     found = json.loads(mshare("info", str(mount.path), "--json"))
     assert found["alignment"] == 4096
-    assert found["features"] == ["protect", "query", "events", "enforce"]
+    assert found["features"] == ["protect", "query", "events", "enforce", "notify"]
 
 
 def test_ioctl_sends_any_command_field_by_field(mshare):

@@ -104,7 +104,8 @@ class Held:
 async def test_an_end_is_noticed_and_everything_closed(puppets, roster, ended):
     one, two = puppets(), puppets()
     first, second = roster.add(one.pid, [10]), roster.add(two.pid, [10])
-    first.userfault = held = Held()
+    held = Held()
+    first.on_close.append(held.close)
     one.kill()
     assert await ended() is first
     assert held.closed == 1
@@ -175,7 +176,8 @@ async def test_another_program_that_maps_a_region_as_well(puppets, shm, roster):
     mapping(puppet, fd)
     await roster.survey()
     client = roster.of_pid(puppet.pid)
-    client.userfault = held = Held()
+    held = Held()
+    client.on_close.append(held.close)
     puppet.turn_into_puppet()
     mapping(puppet, fd, prot=1)
     (after,) = await roster.survey(full=True)
@@ -270,7 +272,8 @@ async def test_the_memory_lives_on_in_another_process(puppets, shm, roster, ende
     sharer = puppet.run(CLONE)
     await roster.survey()
     client = roster.of_pid(puppet.pid)
-    client.userfault = held = Held()
+    held = Held()
+    client.on_close.append(held.close)
     puppet.kill()
     other.kill()
     assert (await ended()).pid == other.pid
