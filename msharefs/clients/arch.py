@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import platform
+import struct
 import sys
 from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Final
@@ -100,6 +101,10 @@ def restart(registers: Registers, number: int) -> None:
 
 RESULT_OFFSET: Final = Registers.rax.offset  # type: ignore[attr-defined] # ctypes' field descriptor
 """Where the result lies for PTRACE_PEEKUSER: cheaper than all registers."""
+
+
+_CALL_OFFSET: Final = Registers.r10.offset  # type: ignore[attr-defined]
+_pack_call: Final = struct.Struct("<10Q").pack_into  # r10 to rip, as they follow each other
 
 
 class Number(IntEnum):
@@ -222,19 +227,27 @@ def entered_by_syscall(registers: Registers) -> bool:
 
 
 def prepare_call(
-    registers: Registers, instruction: int, number: int, arguments: tuple[int, ...]
+    registers: bytearray, instruction: int, number: int, arguments: tuple[int, ...]
 ) -> None:
-    """Let the thread make a system call at ``instruction`` (a ``syscall`` in its code)."""
-    registers.rip = instruction
-    registers.rax = number
-    registers.orig_rax = _NO_CALL
-    padded = (*arguments, 0, 0, 0, 0, 0, 0)
-    registers.rdi = padded[0] & _MASK
-    registers.rsi = padded[1] & _MASK
-    registers.rdx = padded[2] & _MASK
-    registers.r10 = padded[3] & _MASK
-    registers.r8 = padded[4] & _MASK
-    registers.r9 = padded[5] & _MASK
+    """Let the thread make a system call at ``instruction`` (a ``syscall`` in its code).
+
+    ``registers``: the bytes of its Registers; those that the call takes and leaves are set.
+    """
+    rdi, rsi, rdx, r10, r8, r9, *_ = (*arguments, 0, 0, 0, 0, 0, 0)
+    _pack_call(
+        registers,
+        _CALL_OFFSET,
+        r10 & _MASK,
+        r9 & _MASK,
+        r8 & _MASK,
+        number,
+        0,  # rcx: no call leaves it as it was
+        rdx & _MASK,
+        rsi & _MASK,
+        rdi & _MASK,
+        _NO_CALL,
+        instruction,
+    )
 
 
 def was_interrupted(result: int) -> bool:

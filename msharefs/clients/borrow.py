@@ -54,16 +54,19 @@ _MAP_PRIVATE_ANONYMOUS: Final = 0x22
 _AT_SYSINFO_EHDR: Final = 33
 _SYSCALL: Final = arch.SYSCALL_INSTRUCTION
 _SIZE: Final = ctypes.sizeof(Registers)
+_Bytes: Final = ctypes.c_char * _SIZE
 
 _RETRY: Final = 0.001
 """Seconds between tries to seize a thread that another session holds."""
 
 
-def borrow(pid: int, body: Body[T], *, limit: float = 1.0) -> Session[T]:
+def borrow(pid: int, body: Body[T], *, limit: float = 1.0, known: bool = False) -> Session[T]:
     """A session: stop a thread of process ``pid``, run ``body`` with it, give it back.
 
     ``body`` is a generator function: ``result = yield from thread.call(Number.MPROTECT, ...)``.
-    Its return value is the session's. ``limit`` is in seconds, counted from the start.
+    Its return value is the session's. ``limit`` is in seconds, counted from the start. ``known``:
+    a process that was found to be without a seccomp filter before is not asked again; should it
+    have one since, it is suspended for our calls.
 
     Raises NotAdoptable (traced, 32-bit, seccomp, not to be seen from here), ClientStuck (no thread
     stopped, or a call did not return, within the limit; what is still to be put back then will be
@@ -76,7 +79,7 @@ def borrow(pid: int, body: Body[T], *, limit: float = 1.0) -> Session[T]:
     tracee = yield from _stop_one(pid, deadline)
     thread = Borrowed(pid, tracee)
     try:
-        thread.take()
+        thread.take(known=known)
         try:
             result = yield from body(thread)
         except Exception:
@@ -108,7 +111,8 @@ class Borrowed:
         """The thread's own registers."""
         self.disturbed = False
         """Whether the program will see that its call was interrupted; unavoidably."""
-        self._work = Registers()
+        self._work = bytearray(_SIZE)
+        self._work_at = ctypes.addressof(_Bytes.from_buffer(self._work))
         self._instruction = 0
         self._scratch: list[tuple[int, int]] = []
         self._suspended = False
@@ -118,13 +122,16 @@ class Borrowed:
     def tid(self) -> int:
         return self.tracee.tid
 
-    def take(self) -> None:
-        """Note what the thread has, find out whether it may be used. Raises NotAdoptable, Gone."""
+    def take(self, *, known: bool = False) -> None:
+        """Note what the thread has, find out whether it may be used. Raises NotAdoptable, Gone.
+
+        ``known``: see :func:`borrow`.
+        """
         tracee, saved = self.tracee, self.saved
         tracee.read_registers(saved)
         if not arch.is_64_bit(saved):
             raise NotAdoptable("a 32-bit process")
-        if tracee.filtered():
+        if not known and tracee.filtered():
             raise NotAdoptable("a seccomp filter is in force")
         # Strict mode kills, and is not seen above; where seccomp cannot be suspended, look.
         self._suspended = tracee.suspend_seccomp(suspended=True)
@@ -161,10 +168,10 @@ class Borrowed:
         """Make a system call: its result, or minus an errno. Raises Gone, TimedOut."""
         tracee, registers = self.tracee, self._work
         while True:
-            ctypes.memmove(ctypes.byref(registers), ctypes.byref(self.saved), _SIZE)
+            registers[:] = memoryview(self.saved).cast("B")
             arch.prepare_call(registers, self._instruction, number, arguments)
             self._dirty = True
-            tracee.set_registers(registers)
+            tracee.set_registers_at(self._work_at)
             tracee.rest = self._put_back_late
             tracee.to_system_call()
             stop = yield tracee
@@ -307,19 +314,23 @@ def _stop_one(pid: int, deadline: float) -> Session[Tracee]:
     """Seize and stop a thread of the process: the one that is disturbed least."""
     gone: set[int] = set()
     slow: set[int] = set()
-    patience = max((deadline - monotonic()) / 4, 0.0)
     while True:
-        tids = [tid for tid in _threads(pid) if tid not in gone]
+        tids = _threads(pid)
+        if gone:
+            tids = [tid for tid in tids if tid not in gone]
         if not tids:
             raise Gone(f"process {pid}")
-        choice = [tid for tid in tids if tid not in slow] or tids
-        tid = choice[0] if len(choice) == 1 else _least_disturbed(pid, choice)
-        now = monotonic()
+        until = deadline
+        if len(tids) == 1:
+            tid = tids[0]
+        else:
+            choice = [tid for tid in tids if tid not in slow] or tids
+            tid = _least_disturbed(pid, choice)
+            if len(choice) > 1:  # there is another: do not wait for this one to the end
+                now = monotonic()
+                until = now + (deadline - now) / 4
         try:
-            # Another thread is tried while there is one; the last has all the time that is left.
-            tracee = Tracee.seize(
-                tid, deadline if len(choice) == 1 else min(deadline, now + patience)
-            )
+            tracee = Tracee.seize(tid, until)
             yield from _first_stop(tracee)
         except Changed:
             raise

@@ -57,6 +57,7 @@ _OPTIONS: Final = _O_TRACESYSGOOD | _O_TRACEEXEC
 _WNOHANG: Final = 1
 _WALL: Final = 0x4000_0000
 _WNOTHREAD: Final = 0x2000_0000
+_POLL: Final = _WNOHANG | _WALL | _WNOTHREAD
 
 _SYSCALL_STOP: Final = signal.SIGTRAP | 0x80
 _EVENT_EXEC: Final = 4
@@ -106,7 +107,7 @@ def poll(status: ctypes.c_int) -> int:
     Its wait status is left in ``status``. A tracee that ended is thereby reaped for its tracer;
     its parent learns of it from then on.
     """
-    return max(int(_waitpid(-1, ctypes.byref(status), _WNOHANG | _WALL | _WNOTHREAD)), 0)
+    return max(int(_waitpid(-1, ctypes.addressof(status), _POLL)), 0)
 
 
 def stop_of(status: int) -> Stop | None:
@@ -160,7 +161,7 @@ class Tracee:
             self._fail("interrupt")
 
     def read_registers(self, into: Registers) -> None:
-        if _ptrace(_GETREGS, self.tid, None, ctypes.byref(into)) == -1:
+        if _ptrace(_GETREGS, self.tid, None, ctypes.addressof(into)) == -1:
             self._fail("read registers")
 
     def registers(self) -> Registers:
@@ -169,7 +170,11 @@ class Tracee:
         return registers
 
     def set_registers(self, registers: Registers) -> None:
-        if _ptrace(_SETREGS, self.tid, None, ctypes.byref(registers)) == -1:
+        self.set_registers_at(ctypes.addressof(registers))
+
+    def set_registers_at(self, address: int) -> None:
+        """From ``address`` in this process."""
+        if _ptrace(_SETREGS, self.tid, None, address) == -1:
             self._fail("set registers")
 
     def result(self) -> int:
