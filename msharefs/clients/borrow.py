@@ -133,11 +133,11 @@ class Borrowed:
             raise NotAdoptable("a 32-bit process")
         if not known and tracee.filtered():
             raise NotAdoptable("a seccomp filter is in force")
+        self._instruction = self._find_instruction()
         # Strict mode kills, and is not seen above; where seccomp cannot be suspended, look.
         self._suspended = tracee.suspend_seccomp(suspended=True)
         if not self._suspended and status_field(tracee.tid, "Seccomp") not in {"0", ""}:
             raise NotAdoptable("seccomp is in force")
-        self._instruction = self._find_instruction()
         self._settle()
 
     def put_back(self) -> None:

@@ -101,13 +101,14 @@ _status = ctypes.c_int()
 _message = ctypes.c_ulong()
 
 
-def poll(status: ctypes.c_int) -> int:
-    """A thread that has stopped or ended among those which the calling thread traces, or 0.
+def poll(status: ctypes.c_int, tid: int = -1) -> int:
+    """A thread that has stopped or ended among those which the calling thread traces, or ``tid``.
 
-    Its wait status is left in ``status``. A tracee that ended is thereby reaped for its tracer;
-    its parent learns of it from then on.
+    0 if there is none, -1 if the calling thread traces nothing of the kind. The wait status is
+    left in ``status``. A tracee that ended is thereby reaped for its tracer; its parent learns of
+    it from then on.
     """
-    return max(int(_waitpid(-1, ctypes.addressof(status), _POLL)), 0)
+    return int(_waitpid(tid, ctypes.addressof(status), _POLL))
 
 
 def stop_of(status: int) -> Stop | None:

@@ -14,7 +14,8 @@ another thread instead.
 Promises: a session's exception is its own affair, it fails with it and the rest goes on; when a
 session ends, however it ends, its tracee is let go, at once if it is stopped, else as soon as it
 stops (what is still to be put right then is ``tracee.rest``, a session of its own). A child that a
-tracee forks, or a thread that it starts, is not traced. When the thread ends, the kernel lets go
+tracee forks, or a thread that it starts, is not traced. A session must not start processes: their
+ends would be reaped here. When the thread ends, the kernel lets go
 of whatever is left.
 
 ptrace(2) binds a tracee to one thread of its tracer. The thread sleeps in sigtimedwait(2) for
@@ -61,7 +62,9 @@ _STARTS: Final = 4
 """Sessions begun before the stops of those begun already are looked at."""
 _STOPS: Final = 64
 _SPIN: Final = 30e-6
-_NICE: Final = -20
+"""Seconds of looking for the next stop before sleeping: one call of a tracee takes about that."""
+_LOST: Final = 0
+"""The wait status of a thread that has ended, whichever way."""
 _GRACE: Final = 0.2
 _HARD_END: Final = 2.0
 """Seconds that sessions have, once the tracer is closed: to end by themselves; at all."""
@@ -199,7 +202,7 @@ class Tracer:
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         with contextlib.suppress(OSError):
             # A tracee that goes on must not take the processor from us: the next one waits.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), -20)
         try:
             self._loop()
         except BaseException:
@@ -233,7 +236,15 @@ class Tracer:
 
     def _sleep(self, now: float) -> None:
         look = _LOOK_AGAIN if self._waiting else _LOOK_FOR_STRAYS if self._strays else 3600.0
-        signal.sigtimedwait(_SIGNALS, max(min(self._next - now, look), 0.0))
+        if signal.sigtimedwait(_SIGNALS, max(min(self._next - now, look), 0.0)) is None:
+            self._look_for_lost()
+
+    def _look_for_lost(self) -> None:
+        """A first thread vanishes without a report when another thread becomes a new program."""
+        for tid in list(self._waiting):
+            found = poll(self._status, tid)
+            if found:
+                self._report_of(tid, self._status.value if found > 0 else _LOST)
 
     def _start_some(self) -> bool:
         self._woken = False  # before looking: who comes later wakes us again
@@ -260,24 +271,28 @@ class Tracer:
         status = self._status
         for count in range(_STOPS):
             tid = poll(status)
-            if not tid:
+            if tid <= 0:
                 return count > 0
-            stop = stop_of(status.value)
-            job = self._waiting.get(tid)
-            if stop is None:
-                self._strays.discard(tid)
-                if job is not None:
-                    del self._waiting[tid]
-                    assert job.tracee is not None
-                    job.tracee.seized = False
-                    self._step(job, job.session.throw, Gone(f"thread {tid}"))
-            elif job is None:
-                self._let_go(tid, stop)
-            else:
-                assert job.tracee is not None
-                job.tracee.stopped = True
-                self._step(job, job.session.send, stop)
+            self._report_of(tid, status.value)
         return True
+
+    def _report_of(self, tid: int, status: int) -> None:
+        """A thread has stopped or ended: let its session go on."""
+        stop = stop_of(status)
+        job = self._waiting.get(tid)
+        if stop is None:
+            self._strays.discard(tid)
+            if job is not None:
+                del self._waiting[tid]
+                assert job.tracee is not None
+                job.tracee.seized = False
+                self._step(job, job.session.throw, Gone(f"thread {tid}"))
+        elif job is None:
+            self._let_go(tid, stop)
+        else:
+            assert job.tracee is not None
+            job.tracee.stopped = True
+            self._step(job, job.session.send, stop)
 
     def _step(self, job: _Job, resume: Callable[[Any], Tracee], argument: Any) -> None:
         """Let a session go on until it waits again or ends."""

@@ -414,6 +414,24 @@ static int execs(char **arguments) {
     return 97;
 }
 
+static char **program;
+static void *exec_later(void *argument) {
+    char byte;
+    char *next[] = {program[0], "read", NULL};
+    CHECK(read(0, &byte, 1) == 1);
+    execv("/proc/self/exe", next);
+    return argument;
+}
+
+/* The first thread waits for ever; at a line, another one becomes a new program. */
+static int thread_execs(char **arguments) {
+    pthread_t thread;
+    program = arguments;
+    CHECK(!pthread_create(&thread, NULL, exec_later, NULL));
+    say("ready\n");
+    for (;;) pause();
+}
+
 /* The parent in vfork until a line has come. */
 static int in_vfork(void) {
     static long result;
@@ -492,6 +510,7 @@ int main(int count, char **arguments) {
     if (!strcmp(mode, "forks")) return forks();
     if (!strcmp(mode, "execs")) return execs(arguments);
     if (!strcmp(mode, "vfork")) return in_vfork();
+    if (!strcmp(mode, "thread_execs")) return thread_execs(arguments);
     if (!strcmp(mode, "traced")) return traced();
     if (!strcmp(mode, "attach")) return attach(number);
     return one_call(mode, number);

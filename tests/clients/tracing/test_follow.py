@@ -250,6 +250,48 @@ def test_one_that_becomes_another_program_is_let_go(start, run):
     assert child.wait() == "exited 7"
 
 
+def test_a_first_thread_that_vanishes_by_the_exec_of_another(start, run):
+    child = start("thread_execs")
+    child.blocked_in(Number.PAUSE)
+
+    def session():
+        held = Followed.seize(child.pid, soon())
+        yield from held.arrive()
+        yield from held.entry()
+        child.go()
+        yield from held.exit()
+
+    with pytest.raises(Gone):
+        run(session())
+    assert child.line() == "ready"  # the new program
+    child.blocked_in(0)
+    child.check_untouched()
+    child.go()
+    assert child.line().startswith("r=1")
+    assert child.wait() == "exited 7"
+
+
+def test_another_thread_that_becomes_the_first_by_its_exec(start, run):
+    child = start("thread_execs")
+    other = next(int(t) for t in os.listdir(f"/proc/{child.pid}/task") if int(t) != child.pid)
+    child.blocked_in(0, other)
+
+    def session():
+        held = Followed.seize(other, soon())
+        yield from held.arrive()
+        child.go()
+        while True:
+            yield from held.entry()
+
+    with pytest.raises(Gone, match="exec"):
+        run(session())
+    assert child.line() == "ready"
+    child.check_untouched()
+    child.go()
+    assert child.line().startswith("r=1")
+    assert child.wait() == "exited 7"
+
+
 @pytest.mark.parametrize("mode", ["forks", "churn"])
 def test_what_it_starts_is_not_traced(mode, start, run):
     child = start(mode)

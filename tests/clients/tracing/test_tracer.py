@@ -261,11 +261,17 @@ threading.Event().wait()
 """
 
 
+STEPS = ["borrowed", "borrowed after a call", "borrowed twice", "arrived", "entry", "running"]
+
+
 @pytest.mark.parametrize(
-    "step",
-    ["borrowed", "borrowed after a call", "borrowed twice", "arrived", "entry", "running"],
+    ("mode", "step"),
+    [
+        *(("read", step) for step in STEPS),
+        *(("epoll_wait", step) for step in ("borrowed", "borrowed after a call", "entry")),
+        *(("nanosleep", step) for step in ("borrowed after a call", "running")),
+    ],
 )
-@pytest.mark.parametrize("mode", ["read", "nanosleep", "epoll_wait"])
 def test_when_its_process_is_killed_the_kernel_lets_go(mode, step, start):
     child = start(mode, *(["2000"] if mode == "nanosleep" else []))
     child.blocked_in({"read": 0, "nanosleep": 230, "epoll_wait": 232}[mode])
