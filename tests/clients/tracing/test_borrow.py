@@ -439,7 +439,10 @@ def test_a_32_bit_process_is_refused(start, run, tmp_path):
     if done.returncode:
         pytest.skip("the compiler cannot make 32-bit programs (gcc-multilib is missing)")
     process = subprocess.Popen([binary], stdin=subprocess.PIPE, start_new_session=True)
+    waits_in = Path(f"/proc/{process.pid}/syscall")
     try:
+        while not waits_in.read_text().startswith("3 "):  # read, by its number there
+            os.sched_yield()
         with pytest.raises(NotAdoptable, match="32-bit"):
             run(borrow(process.pid, getpid))
         process.stdin.write(b"\n")
