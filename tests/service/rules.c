@@ -163,7 +163,7 @@ static void table(int fd)
 }
 
 /* A 32-bit program's own number for CREATE, with its 36 bytes: the last 4 are not looked at. */
-static void i386(int fd)
+static void create_of_i386(int fd)
 {
 	const unsigned long create_i386 = 0x40247800;
 	struct mshare_create args = { .size = PAGE, .prot = RW, .flags = FLAGS, .fd = (uint32_t)-1 };
@@ -359,7 +359,7 @@ int main(int argc, char **argv)
 	ranges(fd);
 	objects(fd, argv[1], argv[2]);
 	table(fd);
-	i386(fd);
+	create_of_i386(fd);
 	bad_pointers(fd);
 	reading_and_writing(fd);
 	rights(fd, argv[1]);
