@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import trio
 
@@ -30,6 +30,9 @@ from .wire import (
     build_reply,
 )
 
+if TYPE_CHECKING:
+    from .handlers import Pending
+
 log = logging.getLogger(__name__)
 
 GONE: Final = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN, errno.EPIPE})
@@ -42,7 +45,9 @@ Refuse: TypeAlias = Callable[[Any, int], None]
 
 
 class Answers:
-    """The replies of one connection. ``tasks``: the requests that a task is to answer.
+    """The replies of one connection.
+
+    ``tasks``: the requests that a task is to answer; ``pending``: those that somebody else will.
 
     ``nursery`` must be set before the first `start`.
     """
@@ -53,6 +58,7 @@ class Answers:
         self._device = device
         self._errno_of = errno_of
         self.tasks: Final[dict[int, trio.CancelScope]] = {}
+        self.pending: Final[dict[int, tuple[Pending, Request, Refuse]]] = {}
 
     def write(self, frame: Frame) -> bool:
         """Whether the kernel took the frame.
@@ -100,8 +106,46 @@ class Answers:
         scope = self.tasks[request.unique] = trio.CancelScope()
         self.nursery.start_soon(self._later, request, answer, scope, finish, refuse or self.refuse)
 
+    def wait_for(
+        self, request: Any, answer: Pending, finish: Finish, refuse: Refuse | None = None
+    ) -> None:
+        """Answer ``request`` from within what makes ``answer`` ready."""
+        unique, refuse = request.unique, refuse or self.refuse
+
+        def done(value: object) -> None:
+            if self.pending.pop(unique, None) is None:
+                return
+            try:
+                finish(request, value)
+            except Exception as exc:  # noqa: BLE001 - errno_of is the boundary
+                refuse(request, self.errno_of(exc, request))
+
+        self.pending[unique] = answer, request, refuse
+        try:
+            answer.start(done)
+        except BaseException:
+            self.pending.pop(unique, None)
+            raise
+
+    def holds(self, unique: int) -> bool:
+        """Whether that request waits for its answer here."""
+        return unique in self.tasks or unique in self.pending
+
+    def abandon(self, code: int) -> None:
+        """Answer all that is pending with an errno."""
+        for unique in list(self.pending):
+            self._give_up(unique, code)
+
+    def _give_up(self, unique: int, code: int) -> None:
+        answer, request, refuse = self.pending.pop(unique)
+        answer.cancel()
+        refuse(request, code)
+
     def interrupt(self, unique: int) -> bool:
-        """A signal waits for the caller of request ``unique``. Whether a task is answering it."""
+        """A signal waits for the caller of request ``unique``. Whether it is being answered here."""
+        if unique in self.pending:
+            self._give_up(unique, errno.EINTR)
+            return True
         scope = self.tasks.get(unique)
         if scope is None:
             return False

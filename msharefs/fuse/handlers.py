@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from enum import Enum
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import attrs
 
@@ -85,6 +85,20 @@ class IoctlReply:
     data: bytes = b""
 
 
+class Pending(Protocol):
+    """An answer that will be there some day, for a call that often waits and must be quick then.
+
+    An awaitable gets a task, which runs a turn of the loop after it was woken; this is answered
+    from within whatever makes it ready.
+    """
+
+    def start(self, done: Callable[[Any], None]) -> None:
+        """Call ``done`` once with the answer; from within :meth:`start` if it is there."""
+
+    def cancel(self) -> None:
+        """Nobody waits any more: ``done`` is not to be called."""
+
+
 OpenedResult: TypeAlias = OpenPlan | Awaitable[OpenPlan | None] | None
 
 
@@ -92,8 +106,8 @@ OpenedResult: TypeAlias = OpenPlan | Awaitable[OpenPlan | None] | None
 class Handlers:
     """The service's side of the router.
 
-    A handler that returns a value is answered at once, in the same tick of the loop. One that
-    returns an awaitable is answered by a task of its own, which a signal to the caller cancels:
+    A handler that returns a value is answered at once, in the same tick of the loop. A read may
+    also be `Pending`. One that returns an awaitable is answered by a task of its own, which a signal to the caller cancels:
     the caller gets EINTR, unless the handler finishes in spite of it (a shield). An exception of
     any kind becomes ``errno_of(exception, what was being done)`` for that one request.
 
@@ -112,7 +126,7 @@ class Handlers:
 
     ioctl: Callable[[IoctlRequest], IoctlReply | Awaitable[IoctlReply]]
     fallocate: Callable[[FallocateRequest], Awaitable[None] | None]
-    read: Callable[[ReadRequest], bytes | Awaitable[bytes] | Forward]
+    read: Callable[[ReadRequest], bytes | Awaitable[bytes] | Pending | Forward]
     opened: Callable[[OpenedFile], OpenedResult]
     errno_of: Callable[[BaseException, str], int]
     write: Callable[[WriteRequest], int | Awaitable[int] | Forward] = lambda _request: FORWARD

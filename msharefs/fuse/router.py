@@ -150,7 +150,7 @@ class Router:
     def waiting(self) -> int:
         """Requests that have no reply yet."""
         forwarded = sum(not entry.settled for entry in self._forwarded.values())
-        return forwarded + len(self._answers.tasks)
+        return forwarded + len(self._answers.tasks) + len(self._answers.pending)
 
     # -- life -----------------------------------------------------------------------------------
 
@@ -170,6 +170,7 @@ class Router:
                     nursery.cancel_scope.cancel()
         finally:
             self._abandon(errno.ECONNABORTED)
+            self._answers.abandon(errno.ECONNABORTED)
             self.ended.set()
         if self._failure is not None:
             raise self._failure
@@ -240,7 +241,7 @@ class Router:
             return
         self.counts[request.opcode] += 1
         unique = request.unique
-        if unique in self._forwarded or unique in self._answers.tasks:
+        if unique in self._forwarded or self._answers.holds(unique):
             log.error("%s: request %d is still being answered", request.opcode.name, unique)
             return
         self._routes[type(request)](request, frame)

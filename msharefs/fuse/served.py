@@ -7,6 +7,7 @@ come is left to a task (`Answers.start`).
 from __future__ import annotations
 
 import errno
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
 
 from .handlers import FORWARD, Handlers, IoctlReply
@@ -69,8 +70,10 @@ class Served:
                 self._forward(request, frame)
             elif isinstance(value, bytes):
                 self._finish_read(request, value)
-            else:
+            elif isinstance(value, Awaitable):
                 self._answers.start(request, value, self._finish_read)
+            else:
+                self._answers.wait_for(request, value, self._finish_read)
         except Exception as exc:  # noqa: BLE001 - errno_of is the boundary
             self._answers.refuse(request, self._answers.errno_of(exc, request))
 

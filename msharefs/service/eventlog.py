@@ -18,7 +18,6 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
-import trio
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,7 +60,6 @@ class Ring:
         self._capacity = capacity
         self.first = 0
         """The index of the oldest entry held, counted from the first one ever."""
-        self._parked = trio.lowlevel.ParkingLot()
         self._on_append: set[Callable[[], None]] = set()
         self.closed = False
         """Nothing will come any more: readers find the end of the file after the last entry."""
@@ -77,7 +75,7 @@ class Ring:
         if len(entries) > self._capacity:
             entries.popleft()
             self.first += 1
-        if self._parked or self._on_append:
+        if self._on_append:
             self._wake()
 
     def close(self) -> None:
@@ -85,8 +83,6 @@ class Ring:
         self._wake()
 
     def _wake(self) -> None:
-        if self._parked:
-            self._parked.unpark_all()
         if self._on_append:
             notify, self._on_append = self._on_append, set()
             for call in notify:
@@ -101,10 +97,6 @@ class Ring:
 
     def forget_call(self, call: Callable[[], None]) -> None:
         self._on_append.discard(call)
-
-    async def wait(self) -> None:
-        """Until the next entry comes or the ring is closed."""
-        await self._parked.park()
 
 
 class EventLog:
@@ -161,13 +153,9 @@ class Reader:
             self._rest = line[room:]
         return bytes(taken)
 
-    async def read(self, size: int) -> bytes:
-        """As :meth:`take`, but wait for something to be there. Empty at the end of the stream."""
-        while True:
-            data = self.take(size)
-            if data or not size or self.at_end:
-                return data
-            await self._ring.wait()
+    def later(self, size: int) -> Reading:
+        """As :meth:`take`, once something is there. Empty at the end of the stream."""
+        return Reading(self, size)
 
     def call_when_ready(self, call: Callable[[], None]) -> None:
         """Call ``call`` once, when the next event comes."""
@@ -194,3 +182,29 @@ class Reader:
         line = ring.entry(self._next).line()
         self._next += 1
         return line
+
+
+class Reading:
+    """A read() that waits: answered from within the event that ends the wait.
+
+    See ``Pending`` in ``fuse/handlers.py``.
+    """
+
+    def __init__(self, reader: Reader, size: int) -> None:
+        self._reader = reader
+        self._size = size
+        self._done: Callable[[bytes], None]
+
+    def start(self, done: Callable[[bytes], None]) -> None:
+        self._done = done
+        self._look()
+
+    def cancel(self) -> None:
+        self._reader.forget_call(self._look)
+
+    def _look(self) -> None:
+        data = self._reader.take(self._size)
+        if data or not self._size or self._reader.at_end:
+            self._done(data)
+        else:
+            self._reader.call_when_ready(self._look)

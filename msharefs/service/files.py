@@ -30,7 +30,7 @@ from msharefs.service.handles import EventsHandle, RegionHandle, TextHandle
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from msharefs.fuse.handlers import OpenedFile
+    from msharefs.fuse.handlers import OpenedFile, Pending
     from msharefs.fuse.wire import (
         CopyRequest,
         FallocateRequest,
@@ -92,7 +92,7 @@ class Files:
         await waiting
         return plan
 
-    def read(self, request: ReadRequest) -> bytes | Awaitable[bytes]:
+    def read(self, request: ReadRequest) -> bytes | Awaitable[bytes] | Pending:
         """FUSE_READ."""
         handle = self._handles.get(request.fh)
         if isinstance(handle, RegionHandle):
@@ -106,7 +106,7 @@ class Files:
             return data
         if request.nonblocking:
             raise WouldBlock("no event yet")
-        return handle.reader.read(request.size)
+        return handle.reader.later(request.size)
 
     def write(self, request: WriteRequest) -> int | Awaitable[int]:
         """FUSE_WRITE: how many bytes were taken."""

@@ -137,7 +137,9 @@ async def test_a_closed_ring_is_the_end_of_the_file():
     reader.call_when_ready(lambda: called.append(1))
     ring.close()
     assert called == [1]
-    assert await reader.read(10) == b""
+    answers = []
+    reader.later(10).start(answers.append)
+    assert answers == [b""]
 
 
 def test_options_are_read_as_mount_gives_them():
@@ -176,3 +178,21 @@ def test_errors_of_the_kernel_pass_only_where_a_caller_can_use_them():
     assert errno_of(OSError(errno.ENOSPC, "full"), "write") == errno.ENOSPC
     assert errno_of(OSError(errno.EBADF, "ours"), "write") == errno.EIO
     assert all(0 < code < 4096 for code in ERRNO_OF.values())
+
+
+def test_a_read_that_waits_is_answered_by_the_event_itself():
+    log = EventLog(16)
+    ring = log.new_region_ring()
+    reader = Reader(ring)
+    first, second, given_up = [], [], []
+    reader.later(1000).start(first.append)
+    reader.later(1000).start(second.append)
+    waiting = reader.later(1000)
+    waiting.start(given_up.append)
+    waiting.cancel()
+    assert not first
+    log.add(Event(EventKind.WRITE, "r"), ring)
+    log.add(Event(EventKind.UNLINK, "r"), ring)
+    kinds = sorted(json.loads(data)["event"] for (data,) in (first, second))
+    assert kinds == ["unlink", "write"], "each line to one of them"
+    assert not given_up
