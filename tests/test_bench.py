@@ -107,6 +107,32 @@ def test_json_has_every_figure(environment):
 
 
 @needs_a_mount
+def test_enforcement_has_every_figure(environment):
+    done = bench(environment, "--quick", "--json", "--only", "enforce")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)["enforce"]
+    assert [(row["way"], row["pages"]) for row in result["protect"]] == [
+        (way, pages) for pages in ("small", "huge") for way in ("vma", "fault", "auto")
+    ]
+    spreads = []
+    for row in result["protect"]:
+        assert row["clients"] > 0
+        assert row["ratio"] > 0
+        assert row["tables_kb"] >= 0
+        spreads += [row[key] for key in ("us", "peer_us", "restore_us", "restore_peer_us")]
+    for row in result["adopt"]:
+        spreads += [*row["us"].values(), row["plain_us"]]
+    assert {row["kind"] for row in result["memory"]} == {"touch", "write", "read"}
+    assert [row["until"] for row in result["fault"]] == ["store", "line"]
+    spreads += [row["us"] for row in result["fault"]]
+    (rate,) = result["rate"]
+    assert (rate["reported"], rate["lost"]) == (rate["stores"], 0)
+    for spread in spreads:
+        assert spread["count"] > 0
+        assert 0 < spread["min"] <= spread["p50"] <= spread["p99"]
+
+
+@needs_a_mount
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_half_way_it_takes_its_mounts_with_it(environment, tmp_path, number):
     with subprocess.Popen(

@@ -22,7 +22,7 @@ MIB = 1 << 20
 WAYS = ("vma", "fault", "auto")
 GATES = ("none", "ptrace")
 """The lsm gate needs a kernel with BPF LSM: where there is one, ``-o gate=auto`` is that one."""
-SMALL, LARGE = "small pages", "huge pages"
+SMALL, LARGE = "small", "huge"
 CALLS = {"open": "open", "mmap": "mmap", "both": "open + mmap"}
 RATE = 10_000
 
