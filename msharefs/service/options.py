@@ -164,8 +164,9 @@ def _protect(text: str) -> Way:
 
 
 def _one_of(text: str, known: Iterable[str]) -> str:
-    if text not in known:
-        raise ValueError(f"{text!r} is none of {', '.join(known)}")
+    names = [*known]  # Python before 3.12 does not look for a string in an enumeration
+    if text not in names:
+        raise ValueError(f"{text!r} is none of {', '.join(names)}")
     return text
 
 
