@@ -31,8 +31,7 @@ class Accesses:
         self._notifications.abandoned(served, page)
 
     def forked(self, parent: Served, child: Served) -> None:
-        """A child obeys as its parent does; who it is will be known later."""
-        self.enforcer.forked(parent, child)
+        """A child obeys as its parent does; the census will find out who it is."""
 
     def moved(self, served: Served) -> None:
         """What a client has mapped is looked at anew with each change."""

@@ -12,7 +12,6 @@ Leaves out: what a failure means (``enforce.py``), what the layout is (``layout.
 from __future__ import annotations
 
 import os
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import attrs
@@ -110,6 +109,7 @@ class Batch:
                 self.windows[client] = mapped
             else:
                 roster.detach(client, inode)
+        self._enforcer.claim(self.windows, inode)
 
     # -- what is caught
 
@@ -126,9 +126,7 @@ class Batch:
                     failures[client] = outcome
                 self._uncatchable.add(client)
             else:
-                faults = self._enforcer.faults
-                client.served = faults.add(client, outcome, client.pid)
-                client.on_close.append(partial(faults.drop, client.served))
+                self._enforcer.serve(client, self._enforcer.faults.add(client, outcome, client.pid))
         async with trio.open_nursery() as nursery:
             for client in self.windows:
                 if client not in self._uncatchable:

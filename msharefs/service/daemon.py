@@ -130,6 +130,8 @@ async def _serve(
             region_devices=_region_devices,
         )
         operations = Filesystem(namespace, handles, changes, store, notifications.holds)
+        if enforcement is not None:
+            operations.standing = enforcement.standing
         handlers = Handlers(
             ioctl=ioctls,
             fallocate=files.fallocate,

@@ -23,6 +23,7 @@ What shares what: everything runs in the loop; a region's changes are serialised
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -36,7 +37,7 @@ from msharefs.clients.replica import is_replica
 from msharefs.clients.roster import Client, State
 from msharefs.clients.space import AddressSpace
 from msharefs.region.demand import both
-from msharefs.region.errors import ClientStuck, NotAdoptable, RightsInUse
+from msharefs.region.errors import ClientStuck, NotAdoptable, RegionError, RightsInUse
 from msharefs.region.events import Event, EventKind
 from msharefs.region.mapping import PROTS
 from msharefs.service.batch import LIMIT, Batch, Caller, all_locks, has_now
@@ -108,7 +109,6 @@ class Enforcer:
         self._spaces: dict[int, AddressSpace] = {}
         self._look = trio.Event()
         self._later: trio.Nursery | None = None
-        self._orphans: list[Served] = []
 
     def way(self, file: RegionFile, size: int) -> Way:
         """By which way a change that makes so many bytes read-only should go."""
@@ -248,14 +248,29 @@ class Enforcer:
 
     # -- those who are served
 
-    def forked(self, _parent: Served, child: Served) -> None:
-        """A child has a userfaultfd of its own from its first moment; the census will find it."""
-        self._orphans.append(child)
+    def claim(self, clients: Iterable[Client], inode: int) -> None:
+        """Those who were forked by a client that is served are served from their first moment."""
+        if not len(self.faults):
+            return
+        for client in sorted(clients, key=lambda client: client.pid):
+            served = self.faults.child(client.pid) if client.served is None else None
+            if served is None:
+                continue
+            self.serve(client, served)
+            spans = [span for half in served.halves for span in half.spans]
+            attached = client.regions[inode]
+            attached.armed = sorted(
+                (span.offset, span.offset + span.size) for span in spans if span.region == inode
+            )
+
+    def serve(self, client: Client, served: Served) -> None:
+        """``served`` are the client's userfaultfds, to be let go with it."""
+        served.client = client
+        client.served = served
+        client.on_close.append(partial(self.faults.drop, served))
 
     def unserved(self, served: Served, why: str) -> None:
         """Nothing is caught there any more, because the process ended or something went wrong."""
-        if served in self._orphans:
-            self._orphans.remove(served)
         client = served.client
         if isinstance(client, Client) and client.served is served:
             log.debug("process %s is not served any more: %s", served.pid, why)
@@ -420,8 +435,11 @@ class Enforcer:
             self._judge(file, [client], failures, strict=False)
         except Gone:
             self.roster.forget(client)
-        except Exception as error:  # noqa: BLE001 - listed; a change will try again
+        except (RegionError, OSError) as error:
             self.unenforced(file, client, error)
+        except Exception as error:  # noqa: BLE001 - listed; a change will try again
+            errno_of(error, f"bringing process {client.pid} to {file.region.name}")
+            self.unenforced(file, client, RegionError("a bug of the server, see its log"))
         finally:
             client.lock.release()
 

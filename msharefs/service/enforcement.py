@@ -21,6 +21,7 @@ from msharefs.clients.ptrace import Tracee
 from msharefs.clients.roster import Roster
 from msharefs.clients.tracer import Tracer
 from msharefs.service.accesses import Accesses
+from msharefs.service.control import Standing
 from msharefs.service.enforce import Enforcer
 from msharefs.service.gatekeeper import Gatekeeper
 
@@ -84,6 +85,15 @@ class Enforcement:
             self.gatekeeper = Gatekeeper(self.enforcer, self._changes, nursery)
             task_status.started()
             await trio.sleep_forever()
+
+    def standing(self, ino: int, pid: int) -> Standing | None:
+        """How a process stands to a region's table; None if it was not met yet."""
+        client = self.roster.of_pid(pid)
+        attached = client.regions.get(ino) if client is not None else None
+        if client is None or attached is None:
+            return None
+        faults = client.served.faults if client.served is not None else 0
+        return Standing(str(attached.state), attached.why, len(attached.armed), faults)
 
     def close(self) -> None:
         """Let go of everybody. Blocks briefly."""

@@ -250,7 +250,8 @@ async def test_a_held_call_is_judged_again_after_a_change_and_forgotten_when_giv
     async with trio.open_nursery() as nursery:
         nursery.start_soon(admit_and_wait, notes, file, 0)
         await trio.testing.wait_all_tasks_blocked()
-        notes.forget(file, 0, PAGE)
+        log.states.watches.disarm(0, PAGE)
+        notes.changed(file, 0, PAGE)
         assert how_it_ended(log)[1:] == ("again", "changed")
     log.states.watches.arm(Watch(0, PAGE, NotifyEvent.WRITE, NotifyMode.HOLD))
     async with trio.open_nursery() as nursery:
