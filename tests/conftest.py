@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -69,8 +70,8 @@ def is_mounted(path: Path) -> bool:
     return any(line.split(" ")[4] == str(path) for line in table)
 
 
-@pytest.fixture
-def start_mount(tmp_path) -> Iterator[Callable[..., Served]]:
+@contextlib.contextmanager
+def serving(directory: Path) -> Iterator[Callable[..., Served]]:
     """Start servers with ``-o`` options; each must end well and leave nothing.
 
     With MSHAREFS_TEST_GATE in the environment every mount that does not say otherwise has that
@@ -85,9 +86,9 @@ def start_mount(tmp_path) -> Iterator[Callable[..., Served]]:
     def start(options: str = "", place: Path | None = None) -> Served:
         if GATE and "gate=" not in options:
             options += f"{',' if options else ''}gate={GATE}"
-        place = place or tmp_path / f"mnt{len(started)}"
+        place = place or directory / f"mnt{len(started)}"
         place.mkdir()
-        log = tmp_path / f"log{len(started)}"
+        log = directory / f"log{len(started)}"
         readable, writable = os.pipe()
         command = [sys.executable, "-m", "msharefs.cli.server", f"--ready-fd={writable}"]
         command += ["-o", f"log={log}" + (f",{options}" if options else "")]
@@ -102,8 +103,8 @@ def start_mount(tmp_path) -> Iterator[Callable[..., Served]]:
             assert ready.read() == b"ready\n", log.read_text()
         return served
 
-    yield start
     try:
+        yield start
         for served in started:
             served.stop()
             assert not is_mounted(served.path)
@@ -118,6 +119,13 @@ def start_mount(tmp_path) -> Iterator[Callable[..., Served]]:
                     unmount(served.path, detach=True)
                 except MountError as error:
                     sys.stderr.write(f"{error}\n")
+
+
+@pytest.fixture
+def start_mount(tmp_path) -> Iterator[Callable[..., Served]]:
+    """The same, below the test's own directory."""
+    with serving(tmp_path) as start:
+        yield start
 
 
 @pytest.fixture
