@@ -24,7 +24,7 @@ import trio
 
 from msharefs.abi import Kind
 from msharefs.region.errors import RightsInUse
-from msharefs.region.events import Actor, Event, EventKind
+from msharefs.region.events import NOBODY, Actor, Event, EventKind
 from msharefs.region.mapping import PROTS
 from msharefs.region.spans import SpanSet
 from msharefs.region.watch import Watches
@@ -292,6 +292,19 @@ class Changes:
         """As :meth:`growing`, for work that takes longer than the loop may wait."""
         async with self.state(file).lock:
             self._grown(file, await trio.to_thread.run_sync(work), actor, via)
+
+    def follow(self, file: RegionFile) -> None:
+        """Take over what writes that went past us (``Semantics.native``) made of size and time.
+
+        To be called before any of the two, or the table, is looked at or changed. What happens
+        while a change is under way is taken over after it.
+        """
+        if not file.native or self.state(file).lock.locked():
+            return
+        size, written_ns = file.backing.state
+        if written_ns != file.written_ns:
+            file.written_ns = file.mtime_ns = file.ctime_ns = written_ns
+        self._grown(file, size, NOBODY, "native")
 
     def _grown(self, file: RegionFile, size: int, actor: Actor, via: str) -> None:
         if size > file.region.size:
