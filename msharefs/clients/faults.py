@@ -45,7 +45,7 @@ from msharefs.region.demand import Caught
 from msharefs.region.pages import page_down
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from msharefs.clients.userfault import Message
     from msharefs.region.events import Actor
@@ -158,6 +158,9 @@ class Host(Protocol):
 
     def abandoned(self, served: Served, page: int) -> None:
         """Nobody waits for that page any more: it is unmapped, or the client is not served."""
+
+    def given_up(self, served: Served, page: int) -> None:
+        """Who waited for that page goes on, as it is not to be caught any more."""
 
     def ended(self, served: Served, why: str) -> None:
         """Not served any more: the address space has ended, or something went wrong with it."""
@@ -354,7 +357,9 @@ class Faults:
             if not mode_of(span.caught):
                 for half in served.halves:
                     half.cut(span.address, span.end)
-                self._abandon(served, span.address, span.end)
+                for page in _within(served.waiting, span.address, span.end):
+                    del served.waiting[page]
+                    self._host.given_up(served, page)
         if outcome is Outcome.GONE:
             self._over(served, "ended")
         return outcome
@@ -543,7 +548,7 @@ class Faults:
                 await self.alive(served)
 
     def _abandon(self, served: Served, start: int, end: int) -> None:
-        for page in [page for page in served.waiting if start <= page < end]:
+        for page in _within(served.waiting, start, end):
             del served.waiting[page]
             self._host.abandoned(served, page)
 
@@ -628,6 +633,10 @@ class Faults:
         if token is not None:
             with suppress(trio.RunFinishedError):
                 token.run_sync_soon(call)
+
+
+def _within(pages: Iterable[int], start: int, end: int) -> list[int]:
+    return [page for page in pages if start <= page < end]
 
 
 def _address(span: Span) -> int:

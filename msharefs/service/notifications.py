@@ -162,6 +162,12 @@ class Notifications:
         if hold is not None:
             self.holds.gone(hold)
 
+    def given_up(self, served: Served, page: int) -> None:
+        """That page of that process is not caught any more, so who waits for it goes on."""
+        hold = self._held_pages.get((served, page))
+        if hold is not None:
+            self.holds.changed(hold.file, hold.offset, hold.offset + 1)
+
     # -- read() and write()
 
     def admit(
