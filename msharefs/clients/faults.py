@@ -41,7 +41,7 @@ from msharefs.clients.userfault import (
     PageFault,
     Userfault,
 )
-from msharefs.region.demand import Caught
+from msharefs.region.demand import CAUGHT, Caught
 from msharefs.region.pages import page_down
 
 if TYPE_CHECKING:
@@ -343,9 +343,8 @@ class Faults:
         rest to be done.
 
         The kernel cannot register a range for less than it is, so it stays registered for more
-        until nothing is caught there. A range that passes from one descriptor to the other (its
-        protection changed so that DENIED does not hold any more, or does now) is caught by neither
-        for some microseconds.
+        until nothing is caught there. A range that passes from one descriptor to the other is caught
+        by neither for some microseconds: see :meth:`moving`.
         """
         if not served.halves:
             return Outcome.GONE
@@ -365,13 +364,32 @@ class Faults:
         return outcome
 
     @staticmethod
+    def moving(served: Served, spans: Sequence[Span]) -> list[Span]:
+        """The parts of ``spans`` that :meth:`bring` would take from one descriptor to the other.
+
+        Their protection has changed so that DENIED does not hold any more, or does now. The
+        client's own mapping is to forbid meanwhile what is ``caught`` before or after.
+        """
+        found: list[Span] = []
+        for span in spans:
+            if not mode_of(span.caught) or not served.halves:
+                continue
+            chosen = served.half_for(span.caught)
+            for half in served.halves:
+                if half is not chosen:
+                    for known in half.within(span.address, span.end):
+                        both = CAUGHT[int(known.caught) | int(span.caught)]
+                        found.append(attrs.evolve(known, caught=both))
+        return found
+
+    @staticmethod
     def _plan(served: Served, span: Span) -> Iterator[_Step]:
         mode, chosen = mode_of(span.caught), served.half_for(span.caught)
         for half in served.halves:
             if mode and half is chosen:
                 continue
             for known in half.within(span.address, span.end):
-                yield _Step(half, known.address, known.size, Mode(0))
+                yield _Step(half, known.address, known.size, Mode(0), wake=not mode)
                 if mode:
                     half.cut(known.address, known.end)
         if mode:
@@ -659,12 +677,17 @@ def _open_page(userfault: Userfault, fault: PageFault, page: int, *, keep: bool)
 
 @attrs.frozen(eq=False)
 class _Step:
-    """Register a range for ``mode`` and protect it; or for nothing, which unregisters it."""
+    """Register a range for ``mode`` and protect it, or for nothing, which unregisters it.
+
+    ``wake``: who waits there goes on then. (Where it passes to another descriptor it is to ask
+    again when all is done: when it is settled.)
+    """
 
     half: Half
     address: int
     size: int
     mode: Mode
+    wake: bool = False
 
 
 def _carry_out(steps: list[_Step]) -> Outcome:
@@ -677,7 +700,8 @@ def _carry_out(steps: list[_Step]) -> Outcome:
             outcome = _patiently(half, partial(half.userfault.unregister, at, size))
             if outcome is Outcome.GONE:
                 return outcome
-            half.userfault.wake(at, size)  # the kernel does so for missing pages only
+            if step.wake:
+                half.userfault.wake(at, size)  # the kernel does so for missing pages only
             continue
         outcome = _patiently(half, partial(half.userfault.register, at, size, step.mode))
         if outcome is Outcome.SERVED and step.mode & Mode.WP:

@@ -26,6 +26,7 @@ from msharefs.abi import Kind
 from msharefs.region.errors import RightsInUse
 from msharefs.region.events import NOBODY, Actor, Event, EventKind
 from msharefs.region.mapping import PROTS
+from msharefs.region.pages import page_up
 from msharefs.region.spans import SpanSet
 from msharefs.region.watch import Watches
 from msharefs.service.eventlog import Reader
@@ -179,6 +180,7 @@ class Changes:
         await enforcer.check_rights(file, move.clients, file.region.contested(change))
         begun = False
         before = state.by_fault, state.watches
+        self._tell_changed(file, change)  # rights that go are not given any more
         try:
             await move.narrow()
             self._begin(file, change)
@@ -195,6 +197,9 @@ class Changes:
                 await move.undo()
             raise
         await move.leave()
+        self._tell_changed(file, change)
+
+    def _tell_changed(self, file: RegionFile, change: Change) -> None:
         if self.changed is not None:
             for part in change.ranges:
                 self.changed(file, part.start, part.end)
@@ -262,6 +267,10 @@ class Changes:
         file.region.apply_resize(resize)
 
     def _resized(self, file: RegionFile, resize: Resize, actor: Actor, via: str) -> None:
+        watches = self.state(file).watches
+        if watches and resize.change.ranges:
+            watches.disarm(file.region.limit, page_up(resize.old_size))
+            self._tell_changed(file, resize.change)
         name, size, detail = file.region.name, resize.new_size, (("old", resize.old_size),)
         self._done(file, Event(EventKind.RESIZE, name, actor, via, length=size, detail=detail))
 

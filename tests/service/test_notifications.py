@@ -357,7 +357,7 @@ def test_changes_have_who_waits_judged_again(region, events, start):
         (lambda: region.notify(0, PAGE, NotifyEvent.DISARM), "wrote 12", None),
         (lambda: region.notify(0, PAGE), "wrote 12", "fault"),
         (lambda: region.protect(0, PAGE, "r--"), "jumped", "deny"),
-        (lambda: region.unmap(0, PAGE), "jumped", None),
+        (lambda: region.unmap(0, PAGE), "jumped", "deny"),
     ):
         region.map(0, PAGE, "rw-")
         region.notify(0, PAGE, mode=HOLD)
