@@ -60,18 +60,26 @@ _RETRY: Final = 0.001
 """Seconds between tries to seize a thread that another session holds."""
 
 
-def borrow(pid: int, body: Body[T], *, limit: float = 1.0, known: bool = False) -> Session[T]:
+def borrow(
+    pid: int,
+    body: Body[T],
+    *,
+    limit: float = 1.0,
+    known: bool = False,
+    check: Callable[[], None] | None = None,
+) -> Session[T]:
     """A session: stop a thread of process ``pid``, run ``body`` with it, give it back.
 
     ``body`` is a generator function: ``result = yield from thread.call(Number.MPROTECT, ...)``.
     Its return value is the session's. ``limit`` is in seconds, counted from the start. ``known``:
     a process that was found to be without a seccomp filter before is not asked again; should it
-    have one since, it is suspended for our calls.
+    have one since, it is suspended for our calls. ``check`` is called once the thread has stopped:
+    to raise Gone if the process is not the one, or not the program, that ``body`` was made for.
 
     Raises NotAdoptable (traced, 32-bit, seccomp, not to be seen from here), ClientStuck (no thread
     stopped, or a call did not return, within the limit; what is still to be put back then will be
-    as soon as the thread stops), Gone (the process ended; or became another program meanwhile,
-    if it was seen: one that did so before is for ``body`` to notice).
+    as soon as the thread stops), Gone (the process ended; or became another program while we
+    waited for it to stop, if it was seen: ``check`` sees it always).
     """
     if pid <= 0:
         raise NotAdoptable("the process lives in a foreign pid namespace")
@@ -80,6 +88,8 @@ def borrow(pid: int, body: Body[T], *, limit: float = 1.0, known: bool = False) 
     thread = Borrowed(pid, tracee)
     try:
         thread.take(known=known)
+        if check is not None:
+            check()
         try:
             result = yield from body(thread)
         except Exception:

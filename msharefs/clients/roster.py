@@ -107,6 +107,8 @@ class Client:
     """Goes up each time that it is added."""
     served: Served | None = None
     """Its userfaultfds, once it has made some."""
+    borrowed: bool = False
+    """A thread of it was borrowed before: it had no seccomp filter then."""
     on_close: list[Callable[[], None]] = attrs.field(factory=list)
     """What else is held for it and let go with it."""
     lock: trio.Semaphore = attrs.field(factory=lambda: trio.Semaphore(1, max_value=1))

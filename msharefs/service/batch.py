@@ -245,9 +245,18 @@ class Batch:
                 borrowed.append(client)
         guard = self._enforcer.guard
         sessions: list[Session[Any]] = [
-            borrow(client.pid, guard(bodies[client]), limit=LIMIT) for client in borrowed
+            borrow(
+                client.pid,
+                guard(bodies[client]),
+                limit=LIMIT,
+                known=client.borrowed,
+                check=client.space.check,  # it may have become another program since we looked
+            )
+            for client in borrowed
         ]
         results = await self._enforcer.tracer.run(sessions)
+        for client, result in zip(borrowed, results, strict=True):
+            client.borrowed = client.borrowed or not isinstance(result, Exception)
         outcomes.update(zip(borrowed, results, strict=True))
         return outcomes
 

@@ -414,6 +414,9 @@ def test_a_seccomp_filter_is_not_injected_into(start, run):
     with pytest.raises(NotAdoptable, match="seccomp"):
         run(borrow(child.pid, getpid))
     child.check_untouched()
+    # One that was known before it had the filter, whose calls the filter does not see:
+    assert run(borrow(child.pid, getpid, known=True)) == child.pid
+    child.blocked_in(0)
     child.go()
     assert child.line() == "r=1"
     assert child.wait() == "exited 7"
@@ -488,6 +491,29 @@ def test_exec_meanwhile(start, run):
     assert child.line() == "execs=1"
     assert child.wait() == "exited 7"
     assert worked
+
+
+def test_it_is_looked_at_once_it_has_stopped(start, run):
+    child = start("read")
+    child.blocked_in(0)
+    before = child.snapshot()
+
+    def check():
+        assert child.status("TracerPid") != "0"
+        raise Gone("not the program that it was")
+
+    def body(thread):
+        yield from thread.call(GETPID)
+        pytest.fail("the wrong program was borrowed from")
+
+    with pytest.raises(Gone, match="not the program"):
+        run(borrow(child.pid, body, check=check))
+    assert run(borrow(child.pid, getpid, check=lambda: None)) == child.pid
+    child.blocked_in(0)
+    assert child.snapshot() == before
+    child.go()
+    assert child.line().startswith("r=1")
+    assert child.wait() == "exited 7"
 
 
 def test_a_parent_in_vfork_is_stuck_then_free(start, run):
