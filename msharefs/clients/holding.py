@@ -57,10 +57,13 @@ PATIENCE: Final = 5.0
 
 @attrs.frozen
 class Limits:
-    """How long an opener is followed: so many system calls, or so many seconds."""
+    """How long an opener is followed: so many system calls, or so many seconds.
 
-    calls: int = 128
-    seconds: float = 0.2
+    The first time that a JVM maps a file, there are about 120 calls between open() and mmap().
+    """
+
+    calls: int = 256
+    seconds: float = 0.5
 
 
 @attrs.frozen

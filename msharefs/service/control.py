@@ -251,8 +251,7 @@ def stats_text(file: RegionFile, state: RegionState) -> Iterator[bytes]:
         "mappings": len(region.table),
         "descriptors": region.descriptors,
     }
-    changes = ("open", "map", "unmap", "protect", "resize", "refuse")
-    watched = ("notify", "fault", "deny", "hold", "release")
+    names = ("open", "map", "unmap", "protect", "resize", "refuse")
     reads = ("read", "read_bytes", "write", "write_bytes")
-    counts = {name: state.counters.get(name, 0) for name in changes + reads + watched}
+    counts = {name: state.counters.get(name, 0) for name in names + reads}
     yield "".join(f"{key} {value}\n" for key, value in {**sizes, **counts}.items()).encode()

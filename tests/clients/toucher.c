@@ -1,5 +1,4 @@
-/* A program that shares memory and touches it as it is told, one command a line: memory of its own,
- * for which it makes userfaultfds, or that of the file it is given.
+/* A program that shares memory and touches it as it is told, one command a line.
  *
  *   r OFFSET   load          w OFFSET   store           (print the byte, or the offset)
  *   k OFFSET   read(2) from /dev/zero to there          p OFFSET   write(2) from there to a pipe
@@ -7,7 +6,7 @@
  *   f OFFSET   fork; the child stores and ends          u OFFSET   munmap that page
  *   m          mremap all of it to another place        s OFFSET   store with SIGSEGV blocked
  *   l OFFSET   store; the handler jumps out of it       a OFFSET   store while SIGALRM ticks
- *   c          close the userfaultfds                   n          how many SIGALRM there were
+ *   c          close the userfaultfds
  *   x          exec /bin/cat                            h OFFSET   as f, and the child waits after it
  */
 #define _GNU_SOURCE
@@ -55,7 +54,7 @@ int main(int count, char **argument)
     struct sigaction alarms = {.sa_handler = on_alarm};
     size_t size = 1 << 20;
     char line[100];
-    int file, whole = -1, limited = -1;
+    int file;
 
     sigaction(SIGSEGV, &action, NULL);
     sigaction(SIGBUS, &action, NULL);
@@ -72,10 +71,8 @@ int main(int count, char **argument)
         printf("mmap: %s\n", strerror(errno));
         return 1;
     }
-    if (count < 2 || !strcmp(argument[1], "-")) {
-        whole = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
-        limited = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | 1);
-    }
+    int whole = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    int limited = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | 1);
     printf("%d %ld %d %d %d\n", getpid(), (long)memory, whole, limited, file);
     fflush(stdout);
     while (fgets(line, sizeof line, stdin)) {
@@ -154,7 +151,6 @@ int main(int count, char **argument)
             break;
         }
         case 'c': printf("close %d\n", close(whole) | close(limited)); break;
-        case 'n': printf("alarms %d\n", (int)ticks); break;
         case 'x': execl("/bin/cat", "cat", NULL); break;
         }
         fflush(stdout);
