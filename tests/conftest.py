@@ -71,7 +71,7 @@ def is_mounted(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def serving(place_for_all: Path) -> Iterator[Callable[..., Served]]:
+def serving(directory: Path) -> Iterator[Callable[..., Served]]:
     """Start servers with ``-o`` options; each must end well and leave nothing.
 
     With MSHAREFS_TEST_GATE in the environment every mount that does not say otherwise has that
@@ -86,9 +86,9 @@ def serving(place_for_all: Path) -> Iterator[Callable[..., Served]]:
     def start(options: str = "", place: Path | None = None) -> Served:
         if GATE and "gate=" not in options:
             options += f"{',' if options else ''}gate={GATE}"
-        place = place or place_for_all / f"mnt{len(started)}"
+        place = place or directory / f"mnt{len(started)}"
         place.mkdir()
-        log = place_for_all / f"log{len(started)}"
+        log = directory / f"log{len(started)}"
         readable, writable = os.pipe()
         command = [sys.executable, "-m", "msharefs.cli.server", f"--ready-fd={writable}"]
         command += ["-o", f"log={log}" + (f",{options}" if options else "")]
@@ -123,7 +123,7 @@ def serving(place_for_all: Path) -> Iterator[Callable[..., Served]]:
 
 @pytest.fixture
 def start_mount(tmp_path) -> Iterator[Callable[..., Served]]:
-    """Start servers for one test; see :func:`serving`."""
+    """The same, below the test's own directory."""
     with serving(tmp_path) as start:
         yield start
 

@@ -353,6 +353,7 @@ _RESTARTED_BY_THE_KERNEL: Final = frozenset(
     }
 )
 
+IN_EXEC: Final = 5
 _CLONE_VFORK: Final = 0x4000
 
 RUNNING: Final = -1
@@ -360,14 +361,17 @@ RUNNING: Final = -1
 
 
 def reluctance(number: int, arguments: tuple[int, ...]) -> int:
-    """How bad it is to stop a thread that is in this call: from 0, unnoticed, to 4.
+    """How bad it is to stop a thread that is in this call: from 0, unnoticed, to 5.
 
-    At 3 the program sees it, at 4 the thread does not stop at all.
+    At 3 the program sees it, at 4 the thread does not stop at all, at :data:`IN_EXEC` seizing any
+    thread of its process would wait.
 
     ``number`` is :data:`RUNNING` for a thread in user code. Memory is not looked at.
     """
     if number == RUNNING:
         return 0
+    if number in {Number.EXECVE, Number.EXECVEAT}:
+        return IN_EXEC
     if number == Number.VFORK or (number == Number.CLONE and arguments[0] & _CLONE_VFORK):
         return 4  # waits for its child, and does not stop before
     if number in _RESTARTED_BY_THE_KERNEL:

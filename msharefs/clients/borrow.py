@@ -330,15 +330,16 @@ def _stop_one(pid: int, deadline: float) -> Session[Tracee]:
             tids = [tid for tid in tids if tid not in gone]
         if not tids:
             raise Gone(f"process {pid}")
-        until = deadline
-        if len(tids) == 1:
-            tid = tids[0]
-        else:
-            choice = [tid for tid in tids if tid not in slow] or tids
-            tid = _least_disturbed(pid, choice)
-            if len(choice) > 1:  # there is another: do not wait for this one to the end
-                now = monotonic()
-                until = now + (deadline - now) / 4
+        choice = [tid for tid in tids if tid not in slow] or tids
+        tid = _least_disturbed(pid, choice)
+        now, until = monotonic(), deadline
+        if len(choice) > 1:  # there is another: do not wait for this one to the end
+            until = now + (deadline - now) / 4
+        if not tid:
+            if now >= deadline:
+                raise ClientStuck(f"process {pid} is in an execve that does not end")
+            yield from pause(_RETRY)
+            continue
         try:
             tracee = Tracee.seize(tid, until)
             yield from _first_stop(tracee)
@@ -382,9 +383,12 @@ def _threads(pid: int) -> list[int]:
 
 
 def _least_disturbed(pid: int, tids: list[int]) -> int:
+    """The thread to take; 0 if one is found in an execve(2), for which seizing any would wait."""
     best, least = tids[0], 99
     for tid in tids:
         found = _reluctance(pid, tid)
+        if found == arch.IN_EXEC:
+            return 0
         if found < least:
             best, least = tid, found
         if least <= 1:
@@ -395,10 +399,15 @@ def _least_disturbed(pid: int, tids: list[int]) -> int:
 def _reluctance(pid: int, tid: int) -> int:
     """See arch.reluctance; proc_pid_syscall(5) says what a thread waits in."""
     try:
-        with open(f"/proc/{pid}/task/{tid}/syscall", "rb") as file:  # noqa: PTH123
-            words = file.read().split()
+        file = os.open(f"/proc/{pid}/task/{tid}/syscall", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return 50
+    try:
+        words = os.read(file, 256).split()
+    except OSError:
+        return 50
+    finally:
+        os.close(file)
     if words[:1] == [b"running"]:
         return 0
     if len(words) < 7:

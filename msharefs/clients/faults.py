@@ -41,11 +41,11 @@ from msharefs.clients.userfault import (
     PageFault,
     Userfault,
 )
-from msharefs.region.demand import Caught
+from msharefs.region.demand import CAUGHT, Caught
 from msharefs.region.pages import page_down
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from msharefs.clients.userfault import Message
     from msharefs.region.events import Actor
@@ -158,6 +158,9 @@ class Host(Protocol):
 
     def abandoned(self, served: Served, page: int) -> None:
         """Nobody waits for that page any more: it is unmapped, or the client is not served."""
+
+    def given_up(self, served: Served, page: int) -> None:
+        """Who waited for that page goes on, as it is not to be caught any more."""
 
     def ended(self, served: Served, why: str) -> None:
         """Not served any more: the address space has ended, or something went wrong with it."""
@@ -340,9 +343,8 @@ class Faults:
         rest to be done.
 
         The kernel cannot register a range for less than it is, so it stays registered for more
-        until nothing is caught there. A range that passes from one descriptor to the other (its
-        protection changed so that DENIED does not hold any more, or does now) is caught by neither
-        for some microseconds.
+        until nothing is caught there. A range that passes from one descriptor to the other is caught
+        by neither for some microseconds: see :meth:`moving`.
         """
         if not served.halves:
             return Outcome.GONE
@@ -354,10 +356,31 @@ class Faults:
             if not mode_of(span.caught):
                 for half in served.halves:
                     half.cut(span.address, span.end)
-                self._abandon(served, span.address, span.end)
+                for page in _within(served.waiting, span.address, span.end):
+                    del served.waiting[page]
+                    self._host.given_up(served, page)
         if outcome is Outcome.GONE:
             self._over(served, "ended")
         return outcome
+
+    @staticmethod
+    def moving(served: Served, spans: Sequence[Span]) -> list[Span]:
+        """The parts of ``spans`` that :meth:`bring` would take from one descriptor to the other.
+
+        Their protection has changed so that DENIED does not hold any more, or does now. The
+        client's own mapping is to forbid meanwhile what is ``caught`` before or after.
+        """
+        found: list[Span] = []
+        for span in spans:
+            if not mode_of(span.caught) or not served.halves:
+                continue
+            chosen = served.half_for(span.caught)
+            for half in served.halves:
+                if half is not chosen:
+                    for known in half.within(span.address, span.end):
+                        both = CAUGHT[int(known.caught) | int(span.caught)]
+                        found.append(attrs.evolve(known, caught=both))
+        return found
 
     @staticmethod
     def _plan(served: Served, span: Span) -> Iterator[_Step]:
@@ -366,7 +389,7 @@ class Faults:
             if mode and half is chosen:
                 continue
             for known in half.within(span.address, span.end):
-                yield _Step(half, known.address, known.size, Mode(0))
+                yield _Step(half, known.address, known.size, Mode(0), wake=not mode)
                 if mode:
                     half.cut(known.address, known.end)
         if mode:
@@ -543,7 +566,7 @@ class Faults:
                 await self.alive(served)
 
     def _abandon(self, served: Served, start: int, end: int) -> None:
-        for page in [page for page in served.waiting if start <= page < end]:
+        for page in _within(served.waiting, start, end):
             del served.waiting[page]
             self._host.abandoned(served, page)
 
@@ -630,6 +653,10 @@ class Faults:
                 token.run_sync_soon(call)
 
 
+def _within(pages: Iterable[int], start: int, end: int) -> list[int]:
+    return [page for page in pages if start <= page < end]
+
+
 def _address(span: Span) -> int:
     return span.address
 
@@ -650,12 +677,17 @@ def _open_page(userfault: Userfault, fault: PageFault, page: int, *, keep: bool)
 
 @attrs.frozen(eq=False)
 class _Step:
-    """Register a range for ``mode`` and protect it; or for nothing, which unregisters it."""
+    """Register a range for ``mode`` and protect it, or for nothing, which unregisters it.
+
+    ``wake``: who waits there goes on then. (Where it passes to another descriptor it is to ask
+    again when all is done: when it is settled.)
+    """
 
     half: Half
     address: int
     size: int
     mode: Mode
+    wake: bool = False
 
 
 def _carry_out(steps: list[_Step]) -> Outcome:
@@ -668,7 +700,8 @@ def _carry_out(steps: list[_Step]) -> Outcome:
             outcome = _patiently(half, partial(half.userfault.unregister, at, size))
             if outcome is Outcome.GONE:
                 return outcome
-            half.userfault.wake(at, size)  # the kernel does so for missing pages only
+            if step.wake:
+                half.userfault.wake(at, size)  # the kernel does so for missing pages only
             continue
         outcome = _patiently(half, partial(half.userfault.register, at, size, step.mode))
         if outcome is Outcome.SERVED and step.mode & Mode.WP:

@@ -14,10 +14,12 @@ next instruction, and followed until it makes the call that matters. Within a se
 At an exit it may be borrowed for calls of ours (:class:`msharefs.clients.borrow.Borrowed`).
 
 Promises: signals are delivered to the thread as they come; what it forks or starts is not traced;
-one that becomes another program is followed on (a shell opens what its command maps); one that is
-stopped by SIGSTOP is let go at once (:class:`LetGo`). At the deadline TimedOut is raised; then, as at any other time, :meth:`Followed.let_go` lets it go,
-a call that it waits in being restarted. If this process dies, the thread goes on by itself; if it was
-stopped at the entry of a call that the kernel never restarts, that returns EINTR (signal(7)).
+one that becomes another program is followed on (a shell opens what its command maps), except for
+one that was not its process's first thread, which is Gone; one that is stopped by SIGSTOP is let
+go at once (:class:`LetGo`). At the deadline TimedOut is raised; then, as at any other time,
+:meth:`Followed.let_go` lets it go, a call that it waits in being restarted. If this process dies,
+the thread goes on by itself; if it was stopped at the entry of a call that the kernel never
+restarts, that returns EINTR (signal(7)).
 """
 
 from __future__ import annotations

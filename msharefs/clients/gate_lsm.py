@@ -88,7 +88,12 @@ class LsmGate:
 
     @classmethod
     def open(
-        cls, canary: int, *, lenient: bool = False, private: bool = False, path: Path = OBJECT
+        cls,
+        canary: int,
+        *,
+        lenient: bool = False,
+        private: bool = False,
+        path: Path | None = None,
     ) -> Self:
         """Load, attach, and see that it works. Blocks for some tens of milliseconds.
 
@@ -97,6 +102,7 @@ class LsmGate:
         the daemon cannot be asked, because it may not read the file that it has a descriptor of,
         is let in and not refused; ``private``: with MAP_PRIVATE as well. Raises GateUnavailable.
         """
+        path = path or OBJECT
         try:
             content = path.read_bytes()
         except FileNotFoundError:

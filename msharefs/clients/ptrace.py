@@ -6,10 +6,15 @@ waiting, which is the tracer's, and what to do with a stopped thread.
 
 A tracee is seized, never attached to: no signal is sent to it, and its group stops stay what they
 are. If this process dies, the kernel lets go of all tracees.
+
+PTRACE_SEIZE waits for an execve(2) that is under way in the process; that waits for the other
+threads to end; and one of these that is traced has ended only when its tracer has heard of it,
+which waits in PTRACE_SEIZE. So somebody else has to listen meanwhile: :func:`rescue`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -21,7 +26,7 @@ from msharefs.clients.gone import Gone
 from msharefs.region.errors import NotAdoptable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Iterable
 
 # PyDLL: these calls take about a microsecond, less than giving the interpreter to another thread
 # and getting it back would.
@@ -29,6 +34,10 @@ _libc = ctypes.PyDLL(None, use_errno=True)
 _ptrace = _libc.ptrace
 _ptrace.restype = ctypes.c_long
 _ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+# Seizing may wait for an execve(2), which may wait for a file of ours to be read.
+_ptrace_slow = ctypes.CDLL(None, use_errno=True).ptrace
+_ptrace_slow.restype = _ptrace.restype
+_ptrace_slow.argtypes = _ptrace.argtypes
 _waitpid = _libc.waitpid
 _waitpid.restype = ctypes.c_int
 _waitpid.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
@@ -58,6 +67,10 @@ _WNOHANG: Final = 1
 _WALL: Final = 0x4000_0000
 _WNOTHREAD: Final = 0x2000_0000
 _POLL: Final = _WNOHANG | _WALL | _WNOTHREAD
+
+_REAP_ENDED: Final = os.WEXITED | os.WNOHANG | _WALL
+_PEEK_ENDED: Final = _REAP_ENDED | os.WNOWAIT
+_ENDED: Final = frozenset({os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED})
 
 _SYSCALL_STOP: Final = signal.SIGTRAP | 0x80
 _EVENT_EXEC: Final = 4
@@ -146,9 +159,9 @@ class Tracee:
     def seize(cls, tid: int, deadline: float) -> Tracee:
         """Seize a thread and ask it to stop; it will at the end of the call that it is in.
 
-        Raises Gone, or NotAdoptable if it may not be traced.
+        Raises Gone, Busy, or NotAdoptable if it may not be traced.
         """
-        if _ptrace(_SEIZE, tid, None, _OPTIONS) == -1:
+        if _ptrace_slow(_SEIZE, tid, None, _OPTIONS) == -1:
             raise _refused(tid, ctypes.get_errno())
         tracee = cls(tid, deadline)
         tracee.seized = True
@@ -262,6 +275,21 @@ class Tracee:
             # Killed: the report of its end is still to come, and is not for us to act on.
             raise Gone(f"thread {self.tid}")
         raise OSError(code, f"{doing}, thread {self.tid}: {os.strerror(code)}")
+
+
+def rescue(tids: Iterable[int]) -> list[int]:
+    """From any thread of this process: hear of the tracees that have ended; which these are.
+
+    Stops are left to the thread that traces them.
+    """
+    ended = []
+    for tid in tids:
+        with contextlib.suppress(ChildProcessError):
+            found = os.waitid(os.P_PID, tid, _PEEK_ENDED)
+            if found is not None and found.si_code in _ENDED:
+                os.waitid(os.P_PID, tid, _REAP_ENDED)
+                ended.append(tid)
+    return ended
 
 
 def stray(tid: int) -> Tracee:

@@ -32,6 +32,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Generator
 from time import monotonic
@@ -40,7 +41,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar
 import trio
 
 from msharefs.clients.gone import Gone
-from msharefs.clients.ptrace import Stop, Tracee, poll, stop_of, stray
+from msharefs.clients.ptrace import Stop, Tracee, poll, rescue, stop_of, stray
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -61,6 +62,8 @@ _LOOK_FOR_STRAYS: Final = 1.0
 _STARTS: Final = 4
 """Sessions begun before the stops of those begun already are looked at."""
 _STOPS: Final = 64
+_STUCK: Final = 0.05
+"""Seconds after which a step that does not end is one that waits for an execve(2)."""
 _SPIN: Final = 30e-6
 """Seconds of looking for the next stop before sleeping: one call of a tracee takes about that."""
 _LOST: Final = 0
@@ -119,8 +122,13 @@ class Tracer:
         self._end = _FOREVER
         self._moved = 0.0
         self._status = ctypes.c_int()
+        self._steps = 0
+        self._awake = threading.Event()
+        self._ended: deque[int] = deque()  # tracees that the second thread has heard of
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self._second = threading.Thread(target=self._stand_by, name=f"{name}, second", daemon=True)
         self._thread.start()
+        self._second.start()
 
     def submit(self, session: Session[T], done: Callable[[T | Exception], None]) -> None:
         """Run a session; ``done`` is called with its result or its exception, in the thread.
@@ -175,6 +183,7 @@ class Tracer:
                 if self._thread.is_alive():
                     signal.pthread_kill(_ident(self._thread), WAKE)
         self._thread.join()
+        self._second.join()
 
     def __enter__(self) -> Self:
         return self
@@ -211,6 +220,7 @@ class Tracer:
         finally:
             with self._lock:
                 self._closing = True
+            self._awake.set()
             for job in [*self._active, *self._jobs]:
                 self._report(job, Closed("the tracer was closed"))
 
@@ -218,6 +228,8 @@ class Tracer:
         while True:
             busy = self._start_some()
             busy = self._deliver() or busy
+            while self._ended:
+                self._report_of(self._ended.popleft(), _LOST)
             busy = self._sweep() or busy
             now = monotonic()
             if now >= self._next:
@@ -234,7 +246,25 @@ class Tracer:
                 continue
             self._sleep(now)
 
+    def _stand_by(self) -> None:
+        """The second thread: while the first is awake, see whether it gets on; see ptrace.py."""
+        while True:
+            self._awake.wait()
+            if not self._thread.is_alive():
+                return
+            steps = self._steps
+            time.sleep(_STUCK)
+            if steps == self._steps and self._awake.is_set():
+                self._ended.extend(rescue([*self._waiting, *self._strays]))
+
     def _sleep(self, now: float) -> None:
+        self._awake.clear()
+        try:
+            self._sleep_until(now)
+        finally:
+            self._awake.set()
+
+    def _sleep_until(self, now: float) -> None:
         look = _LOOK_AGAIN if self._waiting else _LOOK_FOR_STRAYS if self._strays else 3600.0
         if signal.sigtimedwait(_SIGNALS, max(min(self._next - now, look), 0.0)) is None:
             self._look_for_lost()
@@ -296,6 +326,7 @@ class Tracer:
 
     def _step(self, job: _Job, resume: Callable[[Any], Tracee], argument: Any) -> None:
         """Let a session go on until it waits again or ends."""
+        self._steps += 1
         try:
             tracee = resume(argument)
         except StopIteration as end:

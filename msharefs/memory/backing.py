@@ -78,6 +78,12 @@ class Backing:
         """Bytes of memory in use."""
         return os.fstat(self.fd).st_blocks * 512
 
+    @property
+    def state(self) -> tuple[int, int]:
+        """Size in bytes, and when the content last changed by a call (ns since the epoch)."""
+        found = os.fstat(self.fd)
+        return found.st_size, found.st_mtime_ns
+
     def read(self, offset: int, size: int) -> bytes:
         return os.pread(self.fd, size, offset)
 

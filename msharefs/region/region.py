@@ -92,6 +92,15 @@ class Region:
         return PROTS[int(self.table.rights) | int(self._pending)]
 
     @property
+    def plain(self) -> bool:
+        """Whether all of it is as growing has made it: nothing was laid over it, or taken out."""
+        grown = self.semantics.grown
+        if not self.limit:
+            return True
+        whole = len(self.table) == 1 and self.table.mapped == self.limit
+        return whole and self.rights == grown
+
+    @property
     def descriptors(self) -> int:
         """How many descriptors are open."""
         return sum(self._descriptors.values())

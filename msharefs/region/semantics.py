@@ -32,6 +32,8 @@ class Semantics:
     touched, and a program that touches more than there is gets SIGBUS.
     ``allocates``: fallocate() with mode 0 gives memory to the range; else it only sets the size.
     ``any_names``: symbolic links, pipes and sockets may lie between the regions.
+    ``native``: read() and write() through a descriptor go straight to the memory, if nothing lay
+    over the file when it was opened. They obey no table from then on.
     ``private``: MAP_PRIVATE is let in. Such a mapping is a copy that nothing here can reach.
     """
 
@@ -41,6 +43,7 @@ class Semantics:
     reserves: bool = True
     allocates: bool = False
     any_names: bool = False
+    native: bool = False
     private: bool = False
 
 

@@ -30,6 +30,10 @@ class Accesses:
         """Nobody waits for that page any more."""
         self._notifications.abandoned(served, page)
 
+    def given_up(self, served: Served, page: int) -> None:
+        """Who waited for that page goes on by the rules as they are now."""
+        self._notifications.given_up(served, page)
+
     def forked(self, parent: Served, child: Served) -> None:
         """A child obeys as its parent does; the census will find out who it is."""
 

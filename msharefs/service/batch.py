@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import attrs
 import trio
 
-from msharefs.abi import PROT_ALL
+from msharefs.abi import PROT_ALL, Prot
 from msharefs.clients.arch import Number
 from msharefs.clients.borrow import borrow
 from msharefs.clients.faults import Span
 from msharefs.clients.gone import Gone
-from msharefs.clients.replica import Comparison
+from msharefs.clients.replica import Comparison, Step
 from msharefs.clients.userfault import Outcome, UserfaultUnavailable, make
 from msharefs.region.demand import Caught, Demand
 from msharefs.region.mapping import PROTS
@@ -31,10 +31,9 @@ from msharefs.service.layout import newly, no_longer
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-    from msharefs.abi import Prot
     from msharefs.clients.borrow import Body, Borrowed
+    from msharefs.clients.faults import Served
     from msharefs.clients.procmap import MappedRange
-    from msharefs.clients.replica import Step
     from msharefs.clients.roster import Attachment, Client
     from msharefs.clients.tracer import Session
     from msharefs.service.enforce import Enforcer
@@ -48,6 +47,8 @@ LIMIT: Final = 1.0
 """Seconds that a process has to stop for us before it counts as stuck."""
 
 MADV_DONTNEED: Final = 4
+
+_OPEN: Final = int(Prot.READ | Prot.WRITE)
 
 
 @attrs.frozen
@@ -145,7 +146,7 @@ class Batch:
         if not spans:
             return
         try:
-            outcome = await self._enforcer.faults.bring(served, spans)
+            outcome = await self._bring(client, served, spans)
         except OSError as error:
             failures[client] = error
             return
@@ -179,7 +180,22 @@ class Batch:
     async def _lift_one(self, client: Client, spans: list[Span]) -> None:
         served = client.served
         assert served is not None, "made before"
-        await self._enforcer.faults.bring(served, spans)
+        await self._bring(client, served, spans)
+
+    async def _bring(self, client: Client, served: Served, spans: list[Span]) -> Outcome:
+        """Have spans caught, without a moment in which one is caught by nobody and open to all."""
+        faults = self._enforcer.faults
+        moving = faults.moving(served, spans)
+        if not moving:
+            return await faults.bring(served, spans)
+        windows = self.windows[client]
+        await self._sessions({client: _protecting(_gated(windows, moving, shut=True), ())})
+        try:
+            return await faults.bring(served, spans)
+        finally:
+            with trio.CancelScope(shield=True):
+                steps = _gated(windows, moving, shut=False)
+                await self._sessions({client: _protecting(steps, ())})
 
     # -- protections
 
@@ -296,6 +312,21 @@ def _protecting(steps: Sequence[Step], zap: Sequence[Span]) -> Body[None]:
                 )
 
     return body
+
+
+def _gated(windows: Iterable[MappedRange], moving: Iterable[Span], *, shut: bool) -> list[Step]:
+    """Forbid in a client's own mapping what is caught of ``moving``, or open it again for faults."""
+    steps: list[Step] = []
+    for window in windows:
+        for span in moving:
+            low, high = max(window.start, span.address), min(window.end, span.end)
+            if low >= high:
+                continue
+            prot = int(window.prot) | _OPEN
+            if shut:
+                prot = 0 if span.caught & Caught.ACCESSES else prot & ~int(Prot.WRITE)
+            steps.append(Step(low, high - low, PROTS[prot]))
+    return steps
 
 
 def _spans(windows: Iterable[MappedRange], wanted: Sequence[Demand], region: int) -> list[Span]:

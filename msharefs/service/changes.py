@@ -24,8 +24,9 @@ import trio
 
 from msharefs.abi import Kind
 from msharefs.region.errors import RightsInUse
-from msharefs.region.events import Actor, Event, EventKind
+from msharefs.region.events import NOBODY, Actor, Event, EventKind
 from msharefs.region.mapping import PROTS
+from msharefs.region.pages import page_up
 from msharefs.region.spans import SpanSet
 from msharefs.region.watch import Watches
 from msharefs.service.eventlog import Reader
@@ -179,6 +180,7 @@ class Changes:
         await enforcer.check_rights(file, move.clients, file.region.contested(change))
         begun = False
         before = state.by_fault, state.watches
+        self._tell_changed(file, change)  # rights that go are not given any more
         try:
             await move.narrow()
             self._begin(file, change)
@@ -195,6 +197,9 @@ class Changes:
                 await move.undo()
             raise
         await move.leave()
+        self._tell_changed(file, change)
+
+    def _tell_changed(self, file: RegionFile, change: Change) -> None:
         if self.changed is not None:
             for part in change.ranges:
                 self.changed(file, part.start, part.end)
@@ -262,6 +267,10 @@ class Changes:
         file.region.apply_resize(resize)
 
     def _resized(self, file: RegionFile, resize: Resize, actor: Actor, via: str) -> None:
+        watches = self.state(file).watches
+        if watches and resize.change.ranges:
+            watches.disarm(file.region.limit, page_up(resize.old_size))
+            self._tell_changed(file, resize.change)
         name, size, detail = file.region.name, resize.new_size, (("old", resize.old_size),)
         self._done(file, Event(EventKind.RESIZE, name, actor, via, length=size, detail=detail))
 
@@ -292,6 +301,19 @@ class Changes:
         """As :meth:`growing`, for work that takes longer than the loop may wait."""
         async with self.state(file).lock:
             self._grown(file, await trio.to_thread.run_sync(work), actor, via)
+
+    def follow(self, file: RegionFile) -> None:
+        """Take over what writes that went past us (``Semantics.native``) made of size and time.
+
+        To be called before any of the two, or the table, is looked at or changed. What happens
+        while a change is under way is taken over after it.
+        """
+        if not file.native or self.state(file).lock.locked():
+            return
+        size, written_ns = file.backing.state
+        if written_ns != file.written_ns:
+            file.written_ns = file.mtime_ns = file.ctime_ns = written_ns
+        self._grown(file, size, NOBODY, "native")
 
     def _grown(self, file: RegionFile, size: int, actor: Actor, via: str) -> None:
         if size > file.region.size:

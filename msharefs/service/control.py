@@ -251,7 +251,8 @@ def stats_text(file: RegionFile, state: RegionState) -> Iterator[bytes]:
         "mappings": len(region.table),
         "descriptors": region.descriptors,
     }
-    names = ("open", "map", "unmap", "protect", "resize", "refuse")
+    changes = ("open", "map", "unmap", "protect", "resize", "refuse")
+    watched = ("notify", "fault", "deny", "hold", "release")
     reads = ("read", "read_bytes", "write", "write_bytes")
-    counts = {name: state.counters.get(name, 0) for name in names + reads}
+    counts = {name: state.counters.get(name, 0) for name in changes + reads + watched}
     yield "".join(f"{key} {value}\n" for key, value in {**sizes, **counts}.items()).encode()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import attrs
 import trio
 
+from msharefs.abi import Prot
 from msharefs.clients.identity import identify
 from msharefs.fuse.handlers import OpenPlan
 from msharefs.memory.backing import (
@@ -81,7 +82,7 @@ class Files:
         """How the kernel should treat a file that has just been opened."""
         handle = self._handles.get(opened.fh)
         if isinstance(handle, RegionHandle):
-            plan = OpenPlan(backing_fd=handle.file.backing.fd, noflush=True)
+            plan = self._plan(handle)
             if self._hold is None:
                 return plan
             return self._held(plan, self._hold(handle.file, handle.actor(opened.pid)))
@@ -92,10 +93,19 @@ class Files:
         await waiting
         return plan
 
+    def _plan(self, handle: RegionHandle) -> OpenPlan:
+        file = handle.file
+        native = file.region.semantics.native and file.region.plain
+        native = native and not self._changes.state(file).watches
+        if native and handle.access & Prot.WRITE and not file.native:
+            file.native, file.written_ns = True, file.backing.state[1]
+        return OpenPlan(backing_fd=file.backing.fd, direct_io=not native, noflush=True)
+
     def read(self, request: ReadRequest) -> bytes | Awaitable[bytes] | Pending:
         """FUSE_READ."""
         handle = self._handles.get(request.fh)
         if isinstance(handle, RegionHandle):
+            self._changes.follow(handle.file)
             return self._read_region(handle, request)
         if isinstance(handle, TextHandle):
             return handle.read(request.offset, request.size)
@@ -112,6 +122,7 @@ class Files:
         """FUSE_WRITE: how many bytes were taken."""
         handle = self._handles.get(request.fh)
         if isinstance(handle, RegionHandle):
+            self._changes.follow(handle.file)
             try:
                 return self._write_region(handle, request)
             except OSError as error:
@@ -137,6 +148,7 @@ class Files:
         if end >= OFFSET_END:
             raise BadArgument("offset plus length overflows")
         actor = handle.actor(request.pid)
+        self._changes.follow(handle.file)
         if allocates:
             return self._allocate(handle, request)
         return self._changes.grow(handle.file, end, actor, "fallocate")
@@ -173,6 +185,7 @@ class Files:
         handle = self._handles.get(request.fh)
         if not isinstance(handle, RegionHandle):
             raise BadArgument("a file that the mount makes up has no holes")
+        self._changes.follow(handle.file)
         if request.offset >= handle.file.region.size:  # also what was negative
             raise AccessHole(f"{request.offset:#x} is past the region's end")
         try:
@@ -189,6 +202,8 @@ class Files:
         if not isinstance(source, RegionHandle) or not isinstance(target, RegionHandle):
             raise Unsupported("copied by the kernel's own means")  # which EOPNOTSUPP makes it do
         origin, file = source.file, target.file
+        self._changes.follow(origin)
+        self._changes.follow(file)
         count = min(request.length, COPIED_AT_ONCE)
         count = origin.region.readable(request.offset, count)
         if not count:
@@ -268,6 +283,8 @@ class Files:
                 self._refused(handle, request, store=True, via="write")
             raise
         if offset + allowed > file.region.size:
+            if state.watches and offset < file.region.limit:
+                return self._write_past_watched_end(handle, request)
             return self._write_past_end(handle, request)
         if state.watches:
             return self._write_watched(handle, request, allowed)
@@ -320,6 +337,15 @@ class Files:
             return self._wrote(handle, request.pid, "write", offset, written)
 
         return finished()
+
+    async def _write_past_watched_end(self, handle: RegionHandle, request: WriteRequest) -> int:
+        file, offset, actor = handle.file, request.offset, handle.actor(request.pid)
+        inside = min(len(request.data), file.region.limit - offset)
+        admitted = await self._admitted(file, offset, inside, True, actor, "write")
+        if admitted < inside:
+            request.data = request.data[:admitted]
+        outcome = self._write_past_end(handle, request)
+        return outcome if isinstance(outcome, int) else await outcome
 
     async def _write_again(self, handle: RegionHandle, request: WriteRequest) -> int:
         await self._left()

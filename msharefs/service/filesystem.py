@@ -209,7 +209,7 @@ class Filesystem(pyfuse3.Operations):
         special = self._control.node(inode)
         if special is not None:
             return self._control_attributes(special)
-        return _attributes(self._names.node(inode))
+        return self._attributes(self._names.node(inode))
 
     async def setattr(
         self,
@@ -222,6 +222,7 @@ class Filesystem(pyfuse3.Operations):
         node = self._node(inode)
         if fields.update_size:
             file = self._names.region_file(inode)
+            self._changes.follow(file)
             via = "truncate" if fh is None else "ftruncate"
             await self._changes.resize(file, attr.st_size, _actor(ctx.pid), via)
         if fields.update_mode:
@@ -234,8 +235,10 @@ class Filesystem(pyfuse3.Operations):
             node.atime_ns = attr.st_atime_ns
         if fields.update_mtime:
             node.mtime_ns = attr.st_mtime_ns
+            if isinstance(node, RegionFile):
+                node.written_ns = node.backing.state[1]
         node.ctime_ns = time.time_ns()
-        return _attributes(node)
+        return self._attributes(node)
 
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
         usage = self._store.usage()
@@ -280,7 +283,7 @@ class Filesystem(pyfuse3.Operations):
                     node = None
                 else:
                     node = self._names.node(ino)
-                    entry = _attributes(node)
+                    entry = self._attributes(node)
             except Exception as error:  # noqa: BLE001 - removed since opendir(): not listed
                 errno_of(error, "readdir")
                 continue
@@ -302,6 +305,7 @@ class Filesystem(pyfuse3.Operations):
         if special is not None:
             return _file_info(self._handles.add(await self._open_control(special)))
         file = self._names.region_file(inode)
+        self._changes.follow(file)
         number = self._open_region(file, flags, ctx.pid)
         if flags & os.O_TRUNC and file.region.size:
             try:
@@ -345,10 +349,15 @@ class Filesystem(pyfuse3.Operations):
             raise Reserved("belongs to the mount")
         return self._names.directory(ino)
 
+    def _attributes(self, node: Node) -> EntryAttributes:
+        if isinstance(node, RegionFile):
+            self._changes.follow(node)
+        return _attributes(node)
+
     def _entry(self, node: Node) -> EntryAttributes:
         """Attributes in a reply that gives the kernel one more reference to the node."""
         node.lookups += 1
-        return _attributes(node)
+        return self._attributes(node)
 
     def _open_region(self, file: RegionFile, flags: int, tid: int, *, created: bool = False) -> int:
         access = access_of(flags)
@@ -378,6 +387,7 @@ class Filesystem(pyfuse3.Operations):
         file = node.owner
         if not isinstance(file, RegionFile):
             raise IsADirectory("a control directory")
+        self._changes.follow(file)
         if node.slot is Slot.MAPS:
             return TextHandle(control.maps_text(tuple(file.region.table)))
         if node.slot is Slot.STATS:
@@ -394,6 +404,8 @@ class Filesystem(pyfuse3.Operations):
         elif isinstance(handle, RegionHandle):
             handle.file.region.closed(handle.access)
             handle.file.opens -= 1
+            self._changes.follow(handle.file)
+            handle.file.native = handle.file.native and handle.file.opens > 0
             self._names.drop_if_dead(handle.file)
 
     def _unlinked(self, file: RegionFile, path: str, tid: int, via: str) -> None:

@@ -110,6 +110,7 @@ class Ioctls:
             if command is Command.INFO and isinstance(handle, DirectoryHandle):
                 return self._info_of(0)
             raise NotAnIoctl(f"{command.name} of something that is no region")
+        self._changes.follow(handle.file)
         try:
             outcome = self._handlers[command](handle, request.data, request.pid)
         except RegionError as error:

@@ -117,6 +117,10 @@ class RegionFile(Node):
 
     region: Region = attrs.field(kw_only=True)
     backing: Backing = attrs.field(kw_only=True)
+    native: bool = attrs.field(default=False, kw_only=True)
+    """Somebody has been let write past us (``Semantics.native``)."""
+    written_ns: int = attrs.field(default=0, kw_only=True)
+    """The backing file's time of change, as of when we last looked at it for that."""
 
     @property
     def nlink(self) -> int:

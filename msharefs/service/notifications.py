@@ -35,11 +35,7 @@ if TYPE_CHECKING:
     from msharefs.service.changes import Changes
     from msharefs.service.nodes import RegionFile
 
-_ANSWERS: Final = {
-    Decision.ALLOW: Answer.GO,
-    Decision.DENY: Answer.DENY,
-    Decision.AGAIN: Answer.WAIT,
-}
+_ANSWERS: Final = {Decision.ALLOW: Answer.GO, Decision.DENY: Answer.DENY}
 _LOGGED: Final = (("mode", "log"),)
 _ANY: Final = Prot.READ | Prot.WRITE
 _SOME_BYTE: Final = 1
@@ -85,6 +81,7 @@ class Notifications:
                 state.watches.arm(_watch(args))
             else:
                 state.watches.disarm(start, end)
+            self.holds.changed(file, start, end)
             try:
                 await reach.rewatch(file, start, end, tid=actor.tid)
             except BaseException:
@@ -92,7 +89,6 @@ class Notifications:
                 with trio.CancelScope(shield=True):
                     await reach.rewatch(file, start, end, tid=actor.tid)
                 raise
-            self.holds.changed(file, start, end)
         self._tell(file, EventKind.NOTIFY, actor, "ioctl", start, args.size, _armed(args))
 
     def changed(self, file: RegionFile, start: int, end: int) -> None:
@@ -145,8 +141,14 @@ class Notifications:
                 at_once.append(decision)
                 return
             del self._held_pages[key]
-            if decision is not Decision.NONE:
-                settle(*key, _ANSWERS[decision])
+            if decision is Decision.AGAIN:
+                answer = self.judge(access)
+            elif decision is Decision.NONE:
+                return
+            else:
+                answer = _ANSWERS[decision]
+            if answer is not Answer.WAIT:  # else it is held again
+                settle(*key, answer)
 
         event = _event(file, EventKind.HOLD, actor, via, access.offset, _SOME_BYTE, _held(watch))
         hold = self.holds.begin(file, watch, event, settled)
@@ -161,6 +163,12 @@ class Notifications:
         hold = self._held_pages.get((served, page))
         if hold is not None:
             self.holds.gone(hold)
+
+    def given_up(self, served: Served, page: int) -> None:
+        """That page of that process is not caught any more, so who waits for it goes on."""
+        hold = self._held_pages.get((served, page))
+        if hold is not None:
+            self.holds.changed(hold.file, hold.offset, hold.offset + 1)
 
     # -- read() and write()
 

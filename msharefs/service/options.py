@@ -84,6 +84,7 @@ class MountOptions:
     noexec: bool = False
     automap: bool = False
     private: bool = False
+    native: bool = False
 
     HELP = (
         ("size=SIZE", "limit for the memory of all regions together; ENOSPC beyond it"),
@@ -92,6 +93,7 @@ class MountOptions:
             "automap",
             "plain files as on tmpfs: growing one maps memory; size= is half of all memory",
         ),
+        ("io=WAY", "automap: read() and write() checked (default), or native: fast and unchecked"),
         ("private=POLICY", "MAP_PRIVATE: refuse (default) or allow; such a copy is out of reach"),
         ("mode=MODE", "mode of the root directory in octal (default 1777)"),
         ("uid=UID, gid=GID", "owner of the root directory (default root)"),
@@ -109,7 +111,8 @@ class MountOptions:
     @property
     def semantics(self) -> Semantics:
         """What the mount takes its files for."""
-        return attrs.evolve(AUTOMAP if self.automap else MSHARE, private=self.private)
+        kind = AUTOMAP if self.automap else MSHARE
+        return attrs.evolve(kind, private=self.private, native=self.native and self.automap)
 
     @property
     def memory_limit(self) -> int | None:
@@ -170,10 +173,13 @@ def _one_of(text: str, known: Iterable[str]) -> str:
     return text
 
 
-def _private(text: str) -> bool:
-    if text not in {"refuse", "allow"}:
-        raise ValueError(f"{text!r} is neither refuse nor allow")
-    return text == "allow"
+def _either(no: str, yes: str) -> Callable[[str], bool]:
+    def convert(text: str) -> bool:
+        if text not in {no, yes}:
+            raise ValueError(f"{text!r} is neither {no} nor {yes}")
+        return text == yes
+
+    return convert
 
 
 def _gate(text: str) -> str:
@@ -213,7 +219,8 @@ def _text(text: str) -> str:
 _VALUES: Final[dict[str, tuple[str, Callable[[str], object]]]] = {
     "size": ("limit", _limit),
     "huge": ("huge", _huge),
-    "private": ("private", _private),
+    "private": ("private", _either("refuse", "allow")),
+    "io": ("native", _either("checked", "native")),
     "mode": ("root_mode", _mode),
     "uid": ("uid", _id),
     "gid": ("gid", _id),

@@ -17,6 +17,7 @@ import calls
 import click
 import enforce
 import memory
+import postgresql
 import table
 from mounts import BenchError, check_possible
 from rich.box import SIMPLE
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
     from samples import Spread
 
 PARTS = ("table", "memory", "calls")
-ASKED_FOR = ("enforce",)
-"""Takes minutes and 300 processes: never measured unless asked for by name."""
-NEEDS_A_MOUNT = ("memory", "calls", "enforce")
+ASKED_FOR = ("enforce", "postgresql")
+"""Takes minutes, and 300 processes or a database: never measured unless asked for by name."""
+NEEDS_A_MOUNT = ("memory", "calls", "enforce", "postgresql")
 
 
 @attrs.frozen
@@ -44,10 +45,13 @@ class Effort:
     memory_rounds: int
     call_rounds: int
     call_count: int
+    query_scale: int
+    query_rounds: int
+    query_seconds: int
 
 
-FULL = Effort(5_000, 64 << 20, 20, 20, 200)
-QUICK = Effort(200, 4 << 20, 4, 2, 40)
+FULL = Effort(5_000, 64 << 20, 20, 20, 200, 10, 10, 3)
+QUICK = Effort(200, 4 << 20, 4, 2, 40, 1, 2, 1)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -62,6 +66,8 @@ def main(*, only: str | None, quick: bool, as_json: bool) -> None:
       memory  first touch and bandwidth through a region, against a plain memfd
       calls   ioctls, stat and open+close, against a plain pyfuse3 filesystem
       enforce PROTECT in 300 processes, adoption, and watched stores (with --only alone: minutes)
+      postgresql  its dynamic shared memory on automap mounts, against the same on /dev/shm
+              (with --only alone: minutes)
 
     Every figure comes as median, 99th percentile and minimum; ratios are of medians. memory and
     calls mount filesystems of their own, need root, and are left out (with the reason) where that
@@ -122,6 +128,12 @@ def _measure(parts: list[str], *, quick: bool) -> dict[str, Any]:
                 chosen = enforce.QUICK if quick else enforce.FULL
                 with _progress("enforce", chosen.steps) as advance:
                     measured[part] = enforce.measure(scratch, chosen, advance)
+            elif part == "postgresql":
+                rounds = effort.query_rounds
+                with _progress("postgresql", rounds * len(postgresql.KINDS)) as advance:
+                    measured[part] = postgresql.measure(
+                        scratch, effort.query_scale, rounds, effort.query_seconds, advance
+                    )
             else:
                 with _progress("calls", effort.call_rounds * len(calls.PLACES)) as advance:
                     measured[part] = calls.measure(
@@ -159,7 +171,12 @@ def _show(
         soft_wrap=True,
         highlight=False,
     )
-    show = {"table": _table_of_operations, "memory": _table_of_memory, "calls": _table_of_calls}
+    show = {
+        "table": _table_of_operations,
+        "memory": _table_of_memory,
+        "calls": _table_of_calls,
+        "postgresql": _table_of_queries,
+    }
     for part, rows in measured.items():
         tables = _tables_of_enforcement(rows) if part == "enforce" else [show[part](rows)]
         for shown in tables:
@@ -324,6 +341,27 @@ def _table_of_rates(rows: list[enforce.RateRow]) -> Table:
     for row in rows:
         numbers = (row.stores, row.rate, round(row.reached), row.reported, row.lost)
         shown.add_row(*(f"{number:,}" for number in numbers))
+    return shown
+
+
+def _table_of_queries(rows: list[postgresql.QueryRow]) -> Table:
+    shown = _new_table(
+        "PostgreSQL: queries a second by where its dynamic shared memory lies (p50  p99  min)",
+        "ratios: to tmpfs, median of the rounds; aim: 0.97 or more",
+        "query",
+        "io=native",
+        "ratio",
+        "io=checked",
+        "ratio",
+        "tmpfs",
+    )
+    for row in rows:
+        cells = []
+        for side, spread in row.rates.items():
+            cells.append(_three(spread))
+            if side in row.ratios:
+                cells.append(f"{row.ratios[side].p50:.3f}")
+        shown.add_row(postgresql.KINDS[row.kind], *cells)
     return shown
 
 

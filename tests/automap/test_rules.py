@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import mmap
 import os
 import struct
@@ -155,6 +156,57 @@ def test_what_is_laid_over_a_file_holds_for_every_way_in(automap):
     os.close(fd)
 
 
+def test_native_writes_are_in_the_table_before_anybody_looks(start_mount):
+    automap = start_mount("automap,io=native")
+    path = automap.path / "f"
+    events = os.open(automap.path / ".control" / "events", os.O_RDONLY | os.O_NONBLOCK)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    for pages in (1, 3, 9):
+        os.pwrite(fd, b"x" * PAGE, (pages - 1) * PAGE)
+        text = (automap.path / ".control" / "f" / "maps").read_text()
+        assert int(text.split()[0].partition("-")[2], 16) == pages * PAGE
+        assert len(text.splitlines()) == 1
+    os.write(fd, b"y" * 10 * PAGE)
+    with Region.open(path) as region:
+        region.protect(9 * PAGE, PAGE, "r--")  # known to the server through this call alone
+    counted = automap.stats("f")
+    assert counted.get("write", 0) == 0, "no write has met the server"
+    assert json.loads(os.read(events, MIB).splitlines()[-1])["event"] == "protect"
+    os.close(events)
+    # Whoever opens it now is checked, and goes on being so.
+    late = os.open(path, os.O_RDWR)
+    refused("EACCES", os.pwrite, late, b"z", 9 * PAGE)
+    with Region.open(path) as region:
+        region.protect(9 * PAGE, PAGE, "rw-")
+    assert os.pwrite(late, b"z", 9 * PAGE) == 1
+    assert automap.stats("f")["write"] == 2, "the refused one too"
+    assert os.pread(fd, 1, 9 * PAGE) == b"z"
+    os.close(late)
+    os.close(fd)
+    assert mappings(path) == [(0, 10 * PAGE, "rw-")]
+
+
+def test_native_descriptors_append_and_truncate_beside_checked_ones(start_mount):
+    path = start_mount("automap,io=native").path / "f"
+    native = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    os.write(native, b"n" * 5000)
+    with Region.open(path) as region:
+        region.protect(0, PAGE, "r--")
+    checked = os.open(path, os.O_RDWR | os.O_APPEND)
+    for _ in range(20):
+        os.write(checked, b"c" * 777)
+        os.write(native, b"n" * 333)
+    content = path.read_bytes()
+    assert content == b"n" * 5000 + (b"c" * 777 + b"n" * 333) * 20
+    os.ftruncate(native, 6000)
+    os.write(native, b"!")
+    os.ftruncate(checked, 6002)
+    assert path.read_bytes() == content[:6000] + b"!\0"
+    assert mappings(path) == [(0, PAGE, "r--"), (PAGE, PAGE, "rw-")]
+    os.close(checked)
+    os.close(native)
+
+
 def test_a_right_is_given_back_though_somebody_only_reads(automap):
     path = automap.path / "f"
     path.write_bytes(b"x" * PAGE)
@@ -168,6 +220,25 @@ def test_a_right_is_given_back_though_somebody_only_reads(automap):
     assert view[:3] == b"new"
     view.close()
     os.close(reader)
+
+
+@pytest.mark.parametrize("way", ["checked", "native"])
+def test_a_file_that_is_removed_makes_room(start_mount, way):
+    automap = start_mount(f"automap,size=4M,io={way}")
+    for _ in range(5):
+        with (automap.path / "old").open("wb", buffering=0) as old:
+            assert old.write(b"o" * 4 * MIB) == 4 * MIB
+            with pytest.raises(OSError, match="No space"):
+                old.write(b"o")
+        fd = os.open(automap.path / "new", os.O_WRONLY | os.O_CREAT)
+        refused("ENOSPC", os.write, fd, b"n")
+        os.unlink(automap.path / "old")
+        if way == "native":  # the kernel tells us in its own time, and asks nobody before it writes
+            automap.until(lambda: os.statvfs(automap.path).f_bavail, "room")
+        assert os.write(fd, b"n" * PAGE) == PAGE
+        os.close(fd)
+        os.unlink(automap.path / "new")
+        automap.until(lambda: os.statvfs(automap.path).f_bavail == 1024, "all of the room")
 
 
 def test_memory_counts_when_it_is_touched(automap):

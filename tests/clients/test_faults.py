@@ -32,6 +32,7 @@ class Host:
     children: list = attrs.field(factory=list)
     moves: int = 0
     left: list = attrs.field(factory=list)
+    freed: list = attrs.field(factory=list)
     over: list = attrs.field(factory=list)
     news: trio.Event = attrs.field(factory=trio.Event)
 
@@ -50,6 +51,10 @@ class Host:
 
     def abandoned(self, _served, page):
         self.left.append(page)
+        self._tell()
+
+    def given_up(self, _served, page):
+        self.freed.append(page)
         self._tell()
 
     def ended(self, _served, why):
@@ -193,6 +198,7 @@ async def test_a_range_given_up_is_caught_no_more_and_frees_who_waits(start_touc
         assert await faults.bring(client, [Span(toucher.address, SIZE, REGION, 0)])
         assert await toucher.answer() == "wrote 4096"
         assert client.spans == []
+        assert host.freed == [toucher.address + 4096]
 
 
 @pytest.mark.parametrize("answer", [Answer.GO, Answer.DENY, Answer.WAIT])

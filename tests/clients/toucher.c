@@ -1,4 +1,5 @@
-/* A program that shares memory and touches it as it is told, one command a line.
+/* A program that shares memory and touches it as it is told, one command a line: memory of its own,
+ * for which it makes userfaultfds, or that of the file it is given.
  *
  *   r OFFSET   load          w OFFSET   store           (print the byte, or the offset)
  *   k OFFSET   read(2) from /dev/zero to there          p OFFSET   write(2) from there to a pipe
@@ -6,7 +7,7 @@
  *   f OFFSET   fork; the child stores and ends          u OFFSET   munmap that page
  *   m          mremap all of it to another place        s OFFSET   store with SIGSEGV blocked
  *   l OFFSET   store; the handler jumps out of it       a OFFSET   store while SIGALRM ticks
- *   c          close the userfaultfds
+ *   c          close the userfaultfds                   n          how many SIGALRM there were
  *   x          exec /bin/cat                            h OFFSET   as f, and the child waits after it
  */
 #define _GNU_SOURCE
@@ -54,7 +55,7 @@ int main(int count, char **argument)
     struct sigaction alarms = {.sa_handler = on_alarm};
     size_t size = 1 << 20;
     char line[100];
-    int file;
+    int file, whole = -1, limited = -1;
 
     sigaction(SIGSEGV, &action, NULL);
     sigaction(SIGBUS, &action, NULL);
@@ -71,8 +72,10 @@ int main(int count, char **argument)
         printf("mmap: %s\n", strerror(errno));
         return 1;
     }
-    int whole = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
-    int limited = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | 1);
+    if (count < 2 || !strcmp(argument[1], "-")) {
+        whole = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+        limited = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | 1);
+    }
     printf("%d %ld %d %d %d\n", getpid(), (long)memory, whole, limited, file);
     fflush(stdout);
     while (fgets(line, sizeof line, stdin)) {
@@ -151,6 +154,7 @@ int main(int count, char **argument)
             break;
         }
         case 'c': printf("close %d\n", close(whole) | close(limited)); break;
+        case 'n': printf("alarms %d\n", (int)ticks); break;
         case 'x': execl("/bin/cat", "cat", NULL); break;
         }
         fflush(stdout);

@@ -61,6 +61,22 @@ def test_mapping_anew_by_ioctl_is_the_same_mapping_as_growing_makes():
     assert protections(region) == [(0, 4, "rw-")]
 
 
+def test_a_file_is_plain_until_something_is_laid_over_it():
+    assert resized(0).plain
+    region = resized(3 * PAGE + 1)
+    assert region.plain
+    region.apply(region.plan_protect(0, PAGE, Prot.READ))
+    assert not region.plain
+    region.apply(region.plan_protect(0, PAGE, RW))
+    assert region.plain
+    region.apply(region.plan_unmap(2 * PAGE, PAGE))
+    assert not region.plain
+    region.apply_resize(region.plan_resize(2 * PAGE))
+    assert region.plain
+    region.apply(region.plan_protect(0, 2 * PAGE, Prot.READ))
+    assert not region.plain
+
+
 def test_growing_can_be_undone():
     region = resized(PAGE)
     resize = region.plan_resize(3 * PAGE)

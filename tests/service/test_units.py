@@ -148,7 +148,10 @@ def test_options_are_read_as_mount_gives_them():
         64 << 20, "always", 0o755, 5
     )  # fmt: skip
     assert options.noexec
-    for wrong in ("size=", "size=1", "size=x", "huge=maybe", "mode=9", "bogus", "uid=root"):
+    options = MountOptions.parse("gate=none,enforce=strict,protect=vma")
+    assert (options.gate, str(options.enforce), str(options.protect)) == ("none", "strict", "vma")
+    wrongs = ("size=", "size=1", "size=x", "huge=maybe", "mode=9", "bogus", "uid=root")
+    for wrong in (*wrongs, "gate=x", "enforce=x", "protect=x"):
         with pytest.raises(OptionError, match=wrong.partition("=")[0]):
             MountOptions.parse(wrong)
 

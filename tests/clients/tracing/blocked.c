@@ -423,10 +423,16 @@ static void *exec_later(void *argument) {
     return argument;
 }
 
-/* The first thread waits for ever; at a line, another one becomes a new program. */
+static void *pauses(void *argument) {
+    for (;;) pause();
+    return argument;
+}
+
+/* Two threads wait for ever; at a line, a third one becomes a new program. */
 static int thread_execs(char **arguments) {
     pthread_t thread;
     program = arguments;
+    CHECK(!pthread_create(&thread, NULL, pauses, NULL));
     CHECK(!pthread_create(&thread, NULL, exec_later, NULL));
     say("ready\n");
     for (;;) pause();

@@ -17,8 +17,10 @@ from msharefs.clients.arch import Number
 from msharefs.clients.borrow import Borrowed, borrow
 from msharefs.clients.follow import Followed, LetGo
 from msharefs.clients.gone import Gone
+from msharefs.clients.ptrace import Tracee
 from msharefs.clients.tracer import TimedOut
 from msharefs.region.errors import NotAdoptable
+from tests.clients.tracing.conftest import until
 
 GETPID = 39
 
@@ -33,6 +35,16 @@ def traced_by_us():
             if text.partition("\nTracerPid:\t")[2].partition("\n")[0] in ours:
                 found.add(int(status.split("/")[4]))
     return found
+
+
+def threads_of_exec(child):
+    """Of the mode thread_execs: a thread that waits for ever, and the one that will exec."""
+    found = {}
+    for tid in map(int, os.listdir(f"/proc/{child.pid}/task")):
+        call = Path(f"/proc/{child.pid}/task/{tid}/syscall")
+        until(lambda call=call: call.read_text().split()[0] in {"0", "34"}, "to wait")
+        found[tid != child.pid and call.read_text().split()[0]] = tid
+    return found["34"], found["0"]
 
 
 def soon(seconds=20.0):
@@ -233,17 +245,20 @@ def test_one_that_is_stopped_is_let_go_and_stays_stopped(start, run):
     assert child.wait() == "exited 7"
 
 
-def test_one_that_becomes_another_program_is_let_go(start, run):
+def test_one_that_becomes_another_program_is_followed_on(start, run):
     child = start("execs", 0)
 
     def session():
         held = Followed.seize(child.pid, soon())
         yield from held.arrive()
-        while True:
-            yield from held.entry()
+        programs = 0
+        while programs < 3:
+            number = (yield from held.entry()).number
+            programs += (yield from held.exit()).result == 0 and number == Number.EXECVE
+        yield from held.let_go()
+        return programs
 
-    with pytest.raises(LetGo, match="another program"):
-        run(session())
+    assert run(session()) == 3
     child.check_untouched()
     child.go()
     assert child.line() == "execs=1"
@@ -273,8 +288,7 @@ def test_a_first_thread_that_vanishes_by_the_exec_of_another(start, run):
 
 def test_another_thread_that_becomes_the_first_by_its_exec(start, run):
     child = start("thread_execs")
-    other = next(int(t) for t in os.listdir(f"/proc/{child.pid}/task") if int(t) != child.pid)
-    child.blocked_in(0, other)
+    _, other = threads_of_exec(child)
 
     def session():
         held = Followed.seize(other, soon())
@@ -364,6 +378,34 @@ def test_a_borrower_waits_for_the_one_who_follows(start, run, tracer):
 
     assert run(borrow(child.pid, body)) == child.pid
     assert done.wait(20)
+    child.go()
+    assert child.line().startswith("r=1")
+    assert child.wait() == "exited 7"
+
+
+def test_seizing_while_an_exec_waits_for_a_thread_that_is_held(start, run):
+    """The kernel lets PTRACE_SEIZE wait for the exec, and the exec for us: nobody may be stuck."""
+    child = start("thread_execs")
+    held_one, execs = threads_of_exec(child)
+
+    def session():
+        held = Followed.seize(held_one, soon())
+        yield from held.arrive()
+        child.go()
+        # Here nobody listens to the kernel: the held thread dies, unheard, and the exec waits.
+        child.blocked_in(Number.EXECVE, execs)
+        Tracee.seize(child.pid, soon())
+
+    with pytest.raises((Gone, NotAdoptable)):
+        run(session())
+    assert child.line() == "ready"
+    child.blocked_in(0)
+    child.check_untouched()
+
+    def body(thread):
+        return (yield from thread.call(GETPID))
+
+    assert run(borrow(child.pid, body)) == child.pid
     child.go()
     assert child.line().startswith("r=1")
     assert child.wait() == "exited 7"
