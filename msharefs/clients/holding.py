@@ -22,6 +22,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -86,6 +87,13 @@ class _Run:
     body: Body[Any]
 
 
+class _Over:
+    """Told last: the thread is in our hands no more."""
+
+
+_OVER: Final = _Over()
+
+
 class _Go:
     """Go on: follow, or make the call that was asked about."""
 
@@ -123,8 +131,10 @@ class Held:
 
     async def at_mmap(self) -> MmapCall | None:
         """Until it is about to map the descriptor that it opened; None if it was let go."""
-        found: MmapCall | None = await self._hear()
-        return found
+        heard = await self._heard.receive()
+        if isinstance(heard, Exception):
+            raise heard
+        return None if heard is _OVER else heard
 
     async def refuse(self, code: int) -> None:
         """The mmap() fails with that errno; the thread is followed on."""
@@ -159,9 +169,12 @@ class Held:
             outcome.append(result)
             self._token.run_sync_soon(done.set)
 
-        if self._over:
-            raise Gone(f"thread {self.tid}")
-        self._errands.append((body, finished))
+        errand = (body, finished)
+        self._errands.append(errand)
+        if self._over:  # looked at last, so that it is either seen there or by us
+            with suppress(ValueError):
+                self._errands.remove(errand)
+                raise Gone(f"thread {self.tid}")
         await done.wait()
         if isinstance(outcome[0], Exception):
             raise outcome[0]
@@ -170,6 +183,8 @@ class Held:
 
     async def _hear(self) -> Any:
         outcome = await self._heard.receive()
+        if outcome is _OVER:
+            raise Gone(f"thread {self.tid}")
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -186,7 +201,10 @@ class Held:
         self._over = True
         while self._errands:
             self._errands.popleft()[1](Gone(f"thread {self.tid}"))
-        self._tell(outcome if isinstance(outcome, Exception) else None)
+        if isinstance(outcome, TimedOut):
+            log.info("thread %d was let go late: the machine is busy, or it hangs", self.tid)
+            outcome = None
+        self._tell(outcome if isinstance(outcome, Exception) else _OVER)
         try:
             self._token.run_sync_soon(self._hands.forget, self)
         except trio.RunFinishedError:

@@ -57,6 +57,8 @@ class Attachment:
     declared: list[tuple[int, int, Prot]] = attrs.field(factory=list)
     armed: list[tuple[int, int]] = attrs.field(factory=list)
     faults: int = 0
+    arriving: bool = False
+    """It is about to map the region: a survey that does not see that yet changes nothing."""
 
     def declare(self, start: int, end: int, prot: Prot) -> None:
         """The client was given ``[start, end)`` with ``prot``; what was said of it before is void."""
@@ -105,6 +107,8 @@ class Client:
     """What it had mapped of the mount, by inode, when a full survey last looked."""
     met: int = 0
     """Goes up each time that it is added."""
+    looked: int = 0
+    """What ``met`` was when ``files`` were looked at: has it been added since?"""
     served: Served | None = None
     """Its userfaultfds, once it has made some."""
     borrowed: bool = False
@@ -188,7 +192,7 @@ class Roster:
                         client = self.add(one.pid, regions)
                     except (Gone, PermissionError):
                         continue
-                    client.files = one.files
+                    client.files, client.looked = one.files, client.met
                     if self.added != known:
                         new.append(client)
             return new
@@ -223,9 +227,10 @@ class Roster:
             if not self._pass_on(client):
                 self.forget(client)
             return
-        client.files = files
+        client.files, client.looked = files, met
         self._attach(client, self._regions(files))
-        for inode in [inode for inode in client.regions if inode not in files]:
+        gone = [i for i, at in client.regions.items() if i not in files and not at.arriving]
+        for inode in gone:
             self.detach(client, inode)
 
     def _regions(self, inodes: Iterable[int]) -> list[int]:

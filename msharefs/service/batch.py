@@ -87,10 +87,22 @@ class Batch:
         self._uncatchable: set[Client] = set()
         self._zap: dict[Client, list[Span]] = {}
 
-    async def look(self, clients: Sequence[Client]) -> None:
-        """What each has mapped. Those that have gone, or map the region no more, are forgotten."""
+    async def look(self, clients: Sequence[Client], *, seen: bool = False) -> None:
+        """What each has mapped. Those that have gone, or map the region no more, are forgotten.
+
+        ``seen``: a full survey has just looked at all of them.
+        """
         device, inode = self._enforcer.device, self._file.ino
         roster = self._enforcer.roster
+        if seen:
+            unseen: list[Client] = []
+            for client in clients:
+                mapped = [m for m in client.files.get(inode, ()) if m.shared]
+                if mapped and client.looked == client.met:
+                    self._note(client, mapped)
+                else:
+                    unseen.append(client)
+            clients = unseen
 
         def windows() -> list[list[MappedRange] | None]:
             found: list[list[MappedRange] | None] = []
@@ -101,16 +113,22 @@ class Batch:
                     found.append(None)
             return found
 
-        for client, mapped in zip(clients, await trio.to_thread.run_sync(windows), strict=True):
-            if mapped is None:
-                roster.forget(client)
-            elif mapped and self._must_wait(client):
-                self.late.append(client)
-            elif mapped:
-                self.windows[client] = mapped
-            else:
-                roster.detach(client, inode)
+        if clients:
+            looks = await trio.to_thread.run_sync(windows)
+            for client, found in zip(clients, looks, strict=True):
+                if found is None:
+                    roster.forget(client)
+                else:
+                    self._note(client, found)
         self._enforcer.claim(self.windows, inode)
+
+    def _note(self, client: Client, mapped: list[MappedRange]) -> None:
+        if not mapped:
+            self._enforcer.roster.detach(client, self._file.ino)
+        elif self._must_wait(client):
+            self.late.append(client)
+        else:
+            self.windows[client] = mapped
 
     # -- what is caught
 

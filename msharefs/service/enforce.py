@@ -319,12 +319,13 @@ class Enforcer:
         before: Sequence[Demand] = (),
         *,
         rearm: bool = False,
+        seen: bool = False,
         caller: Caller | None = None,
         strict: bool | None = None,
     ) -> list[Client]:
         """Bring clients to ``layout``; what ``before`` catches is caught in them already.
 
-        With ``rearm`` it is caught anew. Those who have to wait for the end of the ``caller``'s
+        With ``rearm`` it is caught anew. ``seen`` as for :meth:`Batch.look`. Those who have to wait for the end of the ``caller``'s
         call, because the caller's thread is the only one of its process, are returned. Raises as
         the module says.
         """
@@ -333,7 +334,7 @@ class Enforcer:
         strict = self.strict if strict is None else strict
         batch = Batch(self, file, layout, before, rearm=rearm, caller=caller)
         async with all_locks(clients):
-            await batch.look(clients)
+            await batch.look(clients, seen=seen)
             failures = await batch.catch()
             failures |= await batch.step()
             await batch.lift()

@@ -139,9 +139,15 @@ class Gatekeeper:
         roster = self._enforcer.roster
         client = roster.add(actor.pid, [file.ino])
         async with client.lock:
-            address = await held.allow()
+            roster.add(actor.pid, [file.ino])  # a change may have looked, and seen no mapping yet
+            attached = client.regions[file.ino]
+            attached.arriving = True
+            try:
+                address = await held.allow()
+            finally:
+                attached.arriving = False
             if -MAX_ERRNO <= address < 0:
-                if not client.regions[file.ino].declared:
+                if not attached.declared:
                     roster.detach(client, file.ino)
                 return
             end = address + page_up(call.length)

@@ -49,6 +49,8 @@ class Move:
         self.clients = clients
         self._caller = caller
         self._late: dict[Client, None] = {}
+        self._surveyed = True
+        """What a full survey has just seen of the clients is still true."""
 
     async def narrow(self) -> None:
         """Take away what the new layout does not give; catch what it wants to be caught."""
@@ -91,7 +93,9 @@ class Move:
             fresh = [client for client in todo if unknown(client, file.ino)]
             if fresh:  # nobody has brought these to what was the rule until now
                 await self._bring(fresh, layout_of(file.region, enforcer.state(file)))
-            await self._bring(todo, layout, before if known else (), rearm=rearm)
+            seen = self._surveyed and not fresh
+            self._surveyed = False
+            await self._bring(todo, layout, before if known else (), rearm=rearm, seen=seen)
             todo, known = await enforcer.newcomers(file, self.clients), False
             self.clients += todo
 
@@ -102,9 +106,10 @@ class Move:
         before: Sequence[Demand] = (),
         *,
         rearm: bool = False,
+        seen: bool = False,
     ) -> None:
         late = await self._enforcer.bring(
-            self._file, clients, layout, before, rearm=rearm, caller=self._caller
+            self._file, clients, layout, before, rearm=rearm, seen=seen, caller=self._caller
         )
         self._late |= dict.fromkeys(late)
 
