@@ -95,6 +95,11 @@ class Changes:
             state.ring.close()
         file.backing.close()
 
+    def look_around(self) -> None:
+        """A region was opened or closed: somebody may map it whom no gate saw."""
+        if self.enforcer is not None:
+            self.enforcer.look_around()
+
     def new_reader(self, file: RegionFile | None) -> Reader:
         """A place in the region's stream of events, or in the whole mount's."""
         return Reader(self.log.ring if file is None else self.state(file).ring)

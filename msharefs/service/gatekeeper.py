@@ -61,6 +61,7 @@ class Gatekeeper:
         To be answered when this returns. Raises NotAdoptable if it is not to be let in.
         """
         with trio.CancelScope(shield=True):  # being stopped looks like a signal to its open()
+            self._enforcer.look_around()
             held = await self._take(file, actor, "open", LIMITS)
             if held is not None:
                 self._nursery.start_soon(self._attend, held, file, actor)
