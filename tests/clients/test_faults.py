@@ -230,6 +230,38 @@ async def test_a_waiting_thread_takes_signals_and_is_known_when_it_asks_again(st
         assert await toucher.answer() == "wrote 4096 after ticks"
 
 
+async def test_a_system_call_that_waits_and_is_denied_after_all_is_killed(start_toucher):
+    toucher, host = start_toucher(), Host(Answer.WAIT)
+    async with serving(host) as faults:
+        client = await served(faults, toucher, STORES)
+        toucher.tell("k 4096")
+        await host.until(lambda: client.waiting)
+        await eventually(lambda: _waits(toucher.pid))
+        faults.settle(client, toucher.address + 4096, Answer.DENY)
+        assert await toucher.status() == -signal.SIGKILL
+
+
+def _waits(pid):
+    return Path(f"/proc/{pid}/wchan").read_text() == "handle_userfault"
+
+
+async def test_a_signal_to_a_waiting_system_call_starves_nobody(start_toucher):
+    toucher, other, host = start_toucher(), start_toucher(), Host(Answer.WAIT)
+    async with serving(host) as faults:
+        client = await served(faults, toucher, STORES)
+        await served(faults, other, STORES)
+        toucher.tell("b 4096")
+        await host.until(lambda: client.waiting)
+        # From the first tick on the kernel asks again and again; it is listened to now and then.
+        await eventually(lambda: faults._resting)
+        host.answer = Answer.GO
+        for page in range(20):
+            assert await other.do(f"w {page * PAGE}") == f"wrote {page * PAGE}"
+        assert len(host.seen) == 21
+        faults.settle(client, toucher.address + 4096, Answer.GO)
+        assert await toucher.answer() == "wrote 4096 after ticks"
+
+
 def _switches(status):
     lines = status.read_text().splitlines()
     return next(int(x.split()[1]) for x in lines if x.startswith("voluntary_ctxt_switches"))
@@ -289,7 +321,9 @@ async def test_children_that_nobody_met_are_found_by_their_parent_and_buried(
         assert {faults.child(pid) for pid in pids} == set(children)
         assert faults.child(os.getpid()) is None
         os.kill(pids[0], signal.SIGKILL)
-        assert not await faults.alive(faults.child(pids[0]))
+        with trio.fail_after(PATIENCE):
+            while (dying := faults.child(pids[0])) is not None:
+                await faults.alive(dying)
         unmet = faults.child(pids[1])
         unmet.pid, unmet.parent = None, client
         assert faults.child(pids[1]) is unmet

@@ -7,6 +7,7 @@
  *   f OFFSET   fork; the child stores and ends          u OFFSET   munmap that page
  *   m          mremap all of it to another place        s OFFSET   store with SIGSEGV blocked
  *   l OFFSET   store; the handler jumps out of it       a OFFSET   store while SIGALRM ticks
+ *   b OFFSET   as a, but read(2) from /dev/zero to there
  *   c          close the userfaultfds                   n          how many SIGALRM there were
  *   x          exec /bin/cat                            h OFFSET   as f, and the child waits after it
  */
@@ -145,10 +146,15 @@ int main(int count, char **argument)
             }
             jumping = 0;
             break;
-        case 'a': {
+        case 'a': case 'b': {
             struct itimerval every = {{0, 2000}, {0, 2000}}, never = {{0, 0}, {0, 0}};
+            int zero = open("/dev/zero", O_RDONLY);
             setitimer(ITIMER_REAL, &every, NULL);
-            *at = 42;
+            if (line[0] == 'a')
+                *at = 42;
+            else if (read(zero, (char *)at, 1) != 1)
+                perror("read");
+            close(zero);
             setitimer(ITIMER_REAL, &never, NULL);
             printf("wrote %ld after %s\n", offset, ticks ? "ticks" : "no tick");
             break;

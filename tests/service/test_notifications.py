@@ -19,6 +19,7 @@ import pytest
 
 from msharefs.abi import Feature, NotifyEvent, NotifyMode, OnTimeout
 from msharefs.client import Region
+from tests.clients.touchers import Toucher
 
 PAGE = 4096
 MIB = 1 << 20
@@ -191,6 +192,56 @@ def test_loads_are_reported_where_they_are_watched(region, events, start):
 
 def region_bytes(region):
     return os.pread(region.fd, PAGE, 0)
+
+
+UNPRIVILEGED = """
+import os, sys
+program = os.open(sys.argv[1], os.O_RDONLY)
+os.chdir(sys.argv[2])
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+os.execve(program, ["toucher", "r"], {})
+"""
+
+
+def test_a_program_without_privileges_has_its_own_stores_watched(
+    mount, region, events, toucher_program
+):
+    if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0":
+        pytest.skip("vm.unprivileged_userfaultfd lets everybody catch system calls")
+    os.chmod(mount.path / "r", 0o666)
+    region.notify(0, 2 * PAGE)
+    command = [sys.executable, "-c", UNPRIVILEGED, toucher_program, mount.path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        toucher = Toucher(process, *map(int, process.stdout.readline().split()))
+        assert do(toucher, "w 3") == "wrote 3"
+        assert seen(events.next()) == ("fault", "store", 3, toucher.pid)
+        assert do(toucher, "k 0") == "call 100", "that page is open"
+        assert do(toucher, f"k {PAGE}") == "call -1 EFAULT"
+        assert do(toucher, f"p {PAGE}") == "call 100"
+        events.none()
+        process.kill()
+
+
+def test_who_may_only_read_cannot_store_and_is_let_be(region, events):
+    program = (
+        "import mmap, os, sys\n"
+        "fd = os.open(sys.argv[1], os.O_RDONLY)\n"
+        "memory = mmap.mmap(fd, 4096, prot=mmap.PROT_READ)\n"
+        "print(memory[0], flush=True); input(); print(memory[0], flush=True)\n"
+    )
+    region.protect(0, MIB, "r--")
+    command = [sys.executable, "-c", program, region.path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as reader:
+        assert reader.stdout.readline() == b"0\n"
+        region.notify(0, PAGE)
+        region.notify(0, PAGE, READ | WRITE)
+        reader.stdin.write(b"\n")
+        reader.stdin.flush()
+        assert reader.stdout.readline() == b"0\n"
+        assert reader.wait(PATIENCE) == 0
+    events.none()
 
 
 # -- denied
