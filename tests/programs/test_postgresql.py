@@ -128,8 +128,10 @@ def test_a_backend_that_is_killed_in_a_parallel_query_costs_a_restart_and_no_dat
     assert on_mount.ask(BIG) == before
 
 
-def test_a_whole_cluster_on_the_mount(automap, cluster):
-    inside = Cluster(automap.path / "data", cluster.tools)
+def test_a_whole_cluster_on_a_mount(reachable, start_mount, cluster):
+    """The options are those that docs/automap.md advises for programs with many files."""
+    place = start_mount("automap,io=native,private=allow", reachable / "whole").path
+    inside = Cluster(place / "data", cluster.tools)
     inside.make(wal_init_zero="off", max_wal_size="64MB", min_wal_size="32MB")
     inside.start()
     try:
@@ -140,5 +142,11 @@ def test_a_whole_cluster_on_the_mount(automap, cluster):
         inside.start()
         assert (inside.ask("select sum(abalance) from pgbench_accounts"), inside.ask(BIG)) == before
         assert workers_launched(inside.ask(f"explain (analyze, costs off) {BIG}")) >= 2
+        # One table of PostgreSQL's is one mapping, as long as the file.
+        table = inside.ask("select pg_relation_filepath('pgbench_accounts')")
+        maps = (place / ".control" / "data" / table / "maps").read_text().splitlines()
+        assert len(maps) == 1
+        end = int(maps[0].split()[0].partition("-")[2], 16)
+        assert end == (place / "data" / table).stat().st_size > 1 << 20
     finally:
         inside.stop()
