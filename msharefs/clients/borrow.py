@@ -18,11 +18,14 @@ and that has a time-out returns EINTR, a write that was under way a short count,
 after SIGSTOP and SIGCONT (signal(7)). So of several threads one is taken that is not in such a
 call.
 
-If this process is killed while a borrowed thread makes a call, the kernel lets go of the thread
-with the registers of that call. It then returns into the program, or into the vdso, with a wrong
-result in rax: the program will most likely crash. The time for which that is so is that of the
-call itself, a few microseconds for mprotect(2). Before and after, the kernel finds the
-thread's own registers in place.
+If this process is killed (SIGKILL) while a borrowed thread makes a call, the kernel lets go of the
+thread with the registers of that call. A thread that was in a system call then finds that this has
+returned what ours returned (0 for mprotect(2): to a read(2), the end of the file) and its arguments
+overwritten; one that was stopped in its own code goes on within the vdso and most likely crashes.
+The time for which that is so is that of the call until we have heard of its end, some
+microseconds for mprotect(2); before and after, the kernel finds the thread's own registers in
+place. A stack frame for rt_sigreturn(2) would close the gap, but needs a page of code and some of
+memory mapped in every client for good.
 """
 
 from __future__ import annotations

@@ -472,7 +472,8 @@ def test_a_process_whose_first_thread_has_ended(start, run):
 def test_threads_and_processes_come_and_go(mode, end, start, run):
     child = start(mode)
     for _ in range(300):
-        assert run(borrow(child.pid, getpid)) == child.pid
+        # In vfork it does not stop until its child has had the processor.
+        assert run(borrow(child.pid, getpid, limit=20)) == child.pid
     child.go()
     assert child.line() == end
     assert child.wait() == "exited 7"
@@ -557,6 +558,25 @@ def test_two_at_once_of_one_process_follow_each_other(start, tracer):
     assert trio.run(both) == [child.pid] * 10
     child.go()
     assert child.line().startswith("r=1")
+
+
+def test_a_process_in_a_pid_namespace_below_ours(run, program):
+    command = ["unshare", "--pid", "--fork", "--kill-child", program, "read"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == b"ready\n"
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        pid = int(children.split()[0])
+        assert run(borrow(pid, getpid)) == 1  # who it is there
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        assert process.stdout.readline().startswith(b"r=1 errno=0")
+        assert process.wait(30) == 7
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
 
 
 def test_no_such_process(run):

@@ -240,6 +240,9 @@ def say():
 def body(thread):
     if step == "borrowed after a call":
         yield from thread.call(39)
+    elif step == "in a call of ours":
+        threading.Thread(target=say).start()
+        yield from thread.call(7, 0, 0, 1000)  # poll(2) of nothing
     elif step == "borrowed twice":
         yield from thread.call(39)
         yield from thread.call(39)
@@ -255,7 +258,8 @@ def follow():
             yield from held.exit()
             return
     say()
-session = borrow(pid, body, limit=60) if step.startswith("borrowed") else follow()
+ours = step.startswith(("borrowed", "in a call"))
+session = borrow(pid, body, limit=60) if ours else follow()
 tracer.Tracer().submit(session, print)
 threading.Event().wait()
 """
@@ -297,6 +301,24 @@ def test_when_its_process_is_killed_the_kernel_lets_go(mode, step, start):
     assert (said["r"], said["errno"]) == ("0" if mode == "nanosleep" else "1", "0")
     if mode == "nanosleep":
         assert int(said["ms"]) >= 2000
+    assert child.wait() == "exited 7"
+
+
+def test_killed_within_a_call_of_ours_the_program_has_our_result(start):
+    """The one harm that is left; what :mod:`msharefs.clients.borrow` says of it."""
+    child = start("read")
+    child.blocked_in(0)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(child.pid), "in a call of ours"], stdout=subprocess.PIPE
+    )
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        child.blocked_in(7)
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    assert child.line().startswith("r=0 errno=0")
     assert child.wait() == "exited 7"
 
 
