@@ -30,11 +30,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import attrs
 import trio
 
-from msharefs.clients.arch import Number
+from msharefs.clients.arch import Number, is_64_bit
 from msharefs.clients.borrow import Borrowed
 from msharefs.clients.follow import Followed, LetGo
 from msharefs.clients.gone import Gone
 from msharefs.clients.tracer import TimedOut
+from msharefs.region.errors import NotAdoptable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -215,6 +216,8 @@ class Held:
         self._tell(None)
         try:
             registers = yield from followed.arrive()
+            if not is_64_bit(registers):
+                raise NotAdoptable("a 32-bit process")  # whose numbers mean other calls
             if self._limits is None:
                 self._tell(registers.result)
                 yield from self._obey(followed.tracee)

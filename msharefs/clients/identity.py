@@ -38,6 +38,15 @@ def identify(tid: int) -> Actor:
     return Actor(pid, tid, comm)
 
 
+def runs_32_bit_code(pid: int) -> bool:
+    """Whether the process's program is a 32-bit one (elf(5), EI_CLASS); False if it has gone."""
+    try:
+        with Path(f"/proc/{pid}/exe").open("rb") as program:
+            return program.read(5)[4:] == b"\x01"
+    except OSError:
+        return False
+
+
 def parent_of(pid: int) -> int:
     """The process's parent; 0 if it has gone."""
     try:
