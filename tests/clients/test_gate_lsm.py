@@ -28,6 +28,7 @@ from msharefs.clients.gate_lsm import LsmGate
 from msharefs.memory import tmpfs
 from msharefs.service.gates import open_gate, open_lsm_gate
 from msharefs.service.mounts import unmount
+from msharefs.service.probe import probe_all
 from tests.conftest import serving
 
 PATIENCE = 60
@@ -145,6 +146,11 @@ def region(gated):
 def test_the_mount_says_which_gate_it_has(gated, region):
     assert region.info().gate is Gate.LSM
     assert connect(gated.path).info().gate is Gate.LSM
+
+
+def test_check_tries_it_out(lsm):
+    (found,) = (found for found in probe_all() if found.name == "lsm-gate")
+    assert (found.ok, found.required) == (True, False)
 
 
 def test_private_is_refused_whatever_it_asks_for(gated, region):
