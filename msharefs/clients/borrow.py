@@ -261,9 +261,7 @@ class Borrowed:
             address = _look_up_vdso(self.pid)
             if not address or self.tracee.word(address)[:2] != _SYSCALL:
                 raise NotAdoptable("no vdso with a system call in it")
-            if len(_vdso_instruction) >= 1 << 16:
-                _vdso_instruction.clear()
-            _vdso_instruction[self.pid] = address
+            _note_vdso(self.pid, address)
         return address
 
     def _put_back_late(self) -> Session[None]:
@@ -281,6 +279,21 @@ class Borrowed:
             tracee.to_system_call()
         self._restore()
         tracee.detach(stop.signal)
+
+
+def vdso_instruction(pid: int) -> int:
+    """Where a process probably has a ``syscall`` in its vdso; 0 if that cannot be found out."""
+    address = _vdso_instruction.get(pid, 0)
+    if not address:
+        address = _look_up_vdso(pid)
+        _note_vdso(pid, address)
+    return address
+
+
+def _note_vdso(pid: int, address: int) -> None:
+    if len(_vdso_instruction) >= 1 << 16:
+        _vdso_instruction.clear()
+    _vdso_instruction[pid] = address
 
 
 _vdso_instruction: dict[int, int] = {}

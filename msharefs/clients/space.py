@@ -145,13 +145,13 @@ class AddressSpace:
         return PROTS[(readable and READ_EXEC) | (writable and WRITE)]
 
     def _look(self, device: int, *, private: bool) -> list[MappedRange]:
-        maps = self._enter()
+        maps = self.enter()
         try:
             if private:
                 return all_mappings(maps, self.pid, device)
             return shared_mappings(maps, self.pid, device)
         finally:
-            self._let_go()
+            self.leave()
 
     def _windows_of_part(
         self, device: int, inode: int, part: tuple[int, int]
@@ -167,7 +167,7 @@ class AddressSpace:
                 skips.append(run)
             else:
                 skips += [_Run(run.start, low, run.shift), _Run(high, run.end, run.shift)]
-        maps = self._enter()
+        maps = self.enter()
         try:
             found = []
             at = 0
@@ -182,7 +182,7 @@ class AddressSpace:
                 at = skip.end
             found += shared_mappings(maps, self.pid, device, at)
         finally:
-            self._let_go()
+            self.leave()
         unique = {m.start: m for m in found if m.inode == inode}  # one may reach into both sides
         return _showing(sorted(unique.values(), key=_offset), part)
 
@@ -190,11 +190,11 @@ class AddressSpace:
 
     def check(self) -> None:
         """Raises Gone if the address space has ended: by exec() or the end of the process."""
-        maps = self._enter()
+        maps = self.enter()
         try:
             check_alive(maps, self.pid)
         finally:
-            self._let_go()
+            self.leave()
 
     def process_ended(self) -> bool:
         """Whether the process has ended, all its threads."""
@@ -237,17 +237,18 @@ class AddressSpace:
                 return
             self._closed = True
         os.close(self._pidfd)
-        self._let_go()
+        self.leave()
 
-    def _enter(self) -> int:
-        """The open maps, until _let_go()."""
+    def enter(self) -> int:
+        """The open /proc/PID/maps, until :meth:`leave`. Raises Gone."""
         with self._lock:
             if self._closed:
                 raise Gone(f"process {self.pid}")
             self._users += 1
         return self._maps
 
-    def _let_go(self) -> None:
+    def leave(self) -> None:
+        """Once for each :meth:`enter`."""
         with self._lock:
             self._users -= 1
             last = not self._users

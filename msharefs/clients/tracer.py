@@ -266,7 +266,9 @@ class Tracer:
 
     def _sleep_until(self, now: float) -> None:
         look = _LOOK_AGAIN if self._waiting else _LOOK_FOR_STRAYS if self._strays else 3600.0
-        if signal.sigtimedwait(_SIGNALS, max(min(self._next - now, look), 0.0)) is None:
+        # With nothing traced here, SIGCHLD tells of the tracees of other threads (_native.c).
+        signals = _SIGNALS if self._waiting or self._strays else {WAKE}
+        if signal.sigtimedwait(signals, max(min(self._next - now, look), 0.0)) is None:
             self._look_for_lost()
 
     def _look_for_lost(self) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
+from msharefs.clients import native
 from msharefs.clients.gate import GateUnavailable
 from msharefs.memory import tmpfs
 from msharefs.service.gates import open_lsm_gate
@@ -154,6 +155,12 @@ def _pyfuse3() -> str:
     return f"pyfuse3 {pyfuse3.__version__}"
 
 
+def _compiled() -> str:
+    if not native.present:
+        raise OSError(errno.ENOENT, f"pure Python is in use ({native.why})")
+    return "the compiled module is in use"
+
+
 def _lsm_gate() -> str:
     """Load, attach, and see both programs refuse a call and let one through."""
     try:
@@ -182,6 +189,12 @@ _PROBES: Final = (
     ),
     ("detached-tmpfs", False, _tmpfs, "mount options size= and huge= will not be had"),
     ("userfaultfd", False, _userfaultfd, "CONFIG_USERFAULTFD; notifications will need it"),
+    (
+        "many-clients",
+        False,
+        _compiled,
+        "scripts/setup compiles it (x86-64); without it, changes of many clients take longer",
+    ),
     (
         "lsm-gate",
         False,

@@ -1,0 +1,702 @@
+/* Many clients at once: what borrow.py does for one thread, by a few threads without Python.
+ *
+ * For: many.py. A change of a region takes the same one or two system calls in each of its clients;
+ * pure Python spends several times as long on each as the kernel does. Here only the usual client is
+ * dealt with: a process of one thread, of 64-bit code, without seccomp, in no signal's way. Whatever
+ * else is met is left as it was found, for borrow.py: its job is SLOW.
+ *
+ * Promises: what borrow.py promises about the threads that are borrowed (exactly as they were:
+ * registers, signals, stops, interrupted calls), with the same rules, which stand and are explained
+ * there and in arch.py. Returns within the limit and a moment, whatever the clients do. A thread of
+ * ours that cannot let go of a client then (it is within a call that we had it make) is left behind
+ * and does so as soon as that call returns; it has its memory for itself.
+ *
+ * Leaves out: why (batch.py), which calls (replica.py), which client (roster.py).
+ *
+ * ptrace(2) binds a tracee to a thread, so each thread here has its own: it takes jobs from a
+ * common counter, some WINDOW of them at a time, and sleeps in waitpid(2) until one of its tracees
+ * stops. A timer wakes it every now and then to look at the clock.
+ */
+#define _GNU_SOURCE
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#ifdef __x86_64__
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/ptrace.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <sys/user.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+/* Statuses of a job besides 0, done, and the errno of a call. */
+enum { SLOW = -1, GONE = -2, STUCK = -3, PENDING = -4 };
+
+struct job {
+	int32_t tid;
+	int32_t status;
+	uint64_t instruction; /* a `syscall` in its code, for a thread that is in no call; 0: unknown */
+	uint32_t first, count; /* its calls */
+	uint32_t disturbed;    /* set: the program sees that its call was interrupted */
+	int32_t maps;	       /* /proc/TID/maps, opened when it was the program meant; or -1 */
+};
+
+struct call {
+	uint64_t number, arguments[3];
+};
+
+#define WINDOW 24	     /* clients that a thread has in hand, but for those that are slow to stop */
+#define MOST_THREADS 8
+#define TICK 10000000	     /* nanoseconds between looks at the clock */
+#define GRACE 500000000	     /* nanoseconds after the limit for the threads to notice */
+#define STACK (256 << 10)
+#define TIMER_SIGNAL (SIGRTMAX - 3)
+
+#define OPTIONS (PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACEEXEC)
+#define SYSCALL_STOP (SIGTRAP | 0x80)
+#define EVENT_STOP 128 /* PTRACE_EVENT_STOP, which not all headers have */
+#define SYSCALL_INSTRUCTION 0x050f
+
+/* What an interrupted call shows to a tracer; see arch.py. */
+#define ERESTARTSYS 512
+#define ERESTARTNOINTR 513
+#define ERESTARTNOHAND 514
+#define ERESTART_RESTARTBLOCK 516
+
+static int64_t now(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+
+static struct timespec timespec(int64_t nanoseconds)
+{
+	return (struct timespec){nanoseconds / 1000000000, nanoseconds % 1000000000};
+}
+
+/* -- the batch: shared by the threads and whoever waits for them; the last one frees it */
+
+struct batch {
+	pthread_mutex_t lock;
+	pthread_cond_t reported;
+	unsigned running; /* threads that have not reported yet */
+	unsigned users;
+	atomic_uint next; /* the job to be taken next */
+	uint32_t count;
+	int64_t deadline;
+	uint64_t own_device;
+	struct call *calls;
+	struct job jobs[];
+};
+
+static void let_go_of_batch(struct batch *batch)
+{
+	bool last;
+
+	pthread_mutex_lock(&batch->lock);
+	last = !--batch->users;
+	pthread_mutex_unlock(&batch->lock);
+	if (last) {
+		pthread_cond_destroy(&batch->reported);
+		pthread_mutex_destroy(&batch->lock);
+		free(batch);
+	}
+}
+
+/* -- one tracee */
+
+enum state {
+	STOPPING, /* seized, asked to stop */
+	ENTERING, /* on its way to the entry of our call */
+	LEAVING,  /* in our call */
+};
+
+struct slot {
+	pid_t tid;
+	enum state state;
+	bool dirty; /* its registers are not what is in saved */
+	uint32_t job;
+	uint32_t call;
+	uint64_t instruction;
+	int64_t since;
+	struct user_regs_struct saved;
+};
+
+struct worker {
+	struct batch *batch;
+	bool late; /* past the limit: nothing new is begun */
+	bool reported;
+	uint32_t used, old; /* slots; those of them that do not count for the window */
+	struct slot *slots;
+};
+
+/* PTRACE_SEIZE waits for an execve(2), and starts anew after a signal; the timer's must end it. */
+long msharefs_seize(long request, long tid, void *address, long options);
+extern const char msharefs_seize_call[], msharefs_seize_end[];
+__asm__(".text\n"
+	".hidden msharefs_seize, msharefs_seize_call, msharefs_seize_end\n"
+	".globl msharefs_seize, msharefs_seize_call, msharefs_seize_end\n"
+	".type msharefs_seize, @function\n"
+	"msharefs_seize:\n"
+	"	mov %rcx, %r10\n"
+	"	mov $101, %eax\n"
+	"msharefs_seize_call:\n"
+	"	syscall\n"
+	"msharefs_seize_end:\n"
+	"	ret\n"
+	".size msharefs_seize, . - msharefs_seize\n");
+
+static void on_timer(int number, siginfo_t *info, void *context)
+{
+	greg_t *registers = ((ucontext_t *)context)->uc_mcontext.gregs;
+
+	(void)number;
+	(void)info;
+	if (registers[REG_RIP] == (greg_t)msharefs_seize_call) {
+		registers[REG_RIP] = (greg_t)msharefs_seize_end;
+		registers[REG_RAX] = -EINTR;
+	}
+}
+
+/* The client's job is done with, its slot free. What is still to be reported about the thread is
+ * its end, which nobody needs to hear: the kernel tells its parent when our thread ends, at latest. */
+static void finish(struct worker *w, struct slot *slot, int status)
+{
+	if (!w->reported)
+		w->batch->jobs[slot->job].status = status;
+	if (slot->since == INT64_MIN)
+		w->old--;
+	*slot = w->slots[--w->used];
+}
+
+/* Everything as it was, and off it goes; with `signal`, if it stopped for that. */
+static void let_go(struct worker *w, struct slot *slot, int signal, int status)
+{
+	if ((slot->dirty && ptrace(PTRACE_SETREGS, slot->tid, NULL, &slot->saved)) ||
+	    ptrace(PTRACE_DETACH, slot->tid, NULL, (void *)(long)signal))
+		status = GONE; /* killed meanwhile */
+	finish(w, slot, status);
+}
+
+static bool restarts(long result)
+{
+	return result == -ERESTARTSYS || result == -ERESTARTNOINTR || result == -ERESTARTNOHAND ||
+	       result == -ERESTART_RESTARTBLOCK;
+}
+
+/* arch.waits_for_ever */
+static bool waits_for_ever(pid_t tid, const struct user_regs_struct *r)
+{
+	unsigned long low, high;
+
+	switch (r->orig_rax) {
+	case SYS_epoll_wait:
+	case SYS_epoll_pwait:
+		return (int)r->r10 < 0;
+	case SYS_semop:
+		return true;
+	case SYS_epoll_pwait2:
+	case SYS_semtimedop:
+		return !r->r10;
+	case SYS_rt_sigtimedwait:
+		return !r->rdx;
+	case SYS_io_getevents:
+		return !r->r8;
+	case SYS_io_uring_enter:
+		if (r->rsi) /* to_submit */
+			return false;
+		if (!(r->r10 & 8)) /* IORING_ENTER_EXT_ARG */
+			return true;
+		errno = 0;
+		low = (unsigned long)ptrace(PTRACE_PEEKDATA, tid, r->r8 + 8, NULL);
+		high = (unsigned long)ptrace(PTRACE_PEEKDATA, tid, r->r8 + 16, NULL);
+		return !errno && !(low >> 32) && !high; /* min_wait_usec, ts */
+	}
+	return false;
+}
+
+/* Whether it waited for an answer of ours to a request that can be made again. */
+static bool asked_us(pid_t tid, const struct user_regs_struct *r, uint64_t own_device)
+{
+	struct statx status;
+	char name[64];
+
+	switch (r->orig_rax) {
+	case SYS_read:
+	case SYS_write:
+	case SYS_ioctl:
+	case SYS_pread64:
+	case SYS_pwrite64:
+	case SYS_readv:
+	case SYS_writev:
+	case SYS_ftruncate:
+	case SYS_fallocate:
+		snprintf(name, sizeof name, "/proc/%d/fd/%u", tid, (unsigned)r->rdi);
+		return !statx(AT_FDCWD, name, AT_STATX_DONT_SYNC, 0, &status) &&
+		       makedev(status.stx_dev_major, status.stx_dev_minor) == own_device;
+	}
+	return false;
+}
+
+/* arch.settle: the call that it was in is to go on unnoticed. */
+static void settle(struct worker *w, struct slot *slot)
+{
+	struct user_regs_struct *r = &slot->saved;
+	long number = (long)r->orig_rax, result = (long)r->rax;
+	bool disturbed = false;
+
+	if (number < 0 || restarts(result))
+		return;
+	if (result == -EINTR) {
+		if (asked_us(slot->tid, r, w->batch->own_device) || waits_for_ever(slot->tid, r)) {
+			r->rax = (unsigned long)-ERESTARTNOHAND;
+			slot->dirty = true;
+		} else {
+			disturbed = true;
+		}
+	} else if (number == SYS_write || number == SYS_pwrite64 || number == SYS_sendto ||
+		   (number == SYS_recvfrom && r->r10 & MSG_WAITALL)) {
+		disturbed = result > 0 && (unsigned long)result < r->rdx;
+	}
+	if (disturbed && !w->reported)
+		w->batch->jobs[slot->job].disturbed = 1;
+}
+
+/* Where it can make a call from; 0 if that is not plain. */
+static uint64_t instruction_for(const struct slot *slot, const struct job *job)
+{
+	const struct user_regs_struct *r = &slot->saved;
+	long word;
+
+	if ((long)r->orig_rax >= 0 && r->rcx == r->rip)
+		return r->rip - 2;
+	if (!job->instruction)
+		return 0;
+	errno = 0;
+	word = ptrace(PTRACE_PEEKTEXT, slot->tid, job->instruction, NULL);
+	return !errno && (word & 0xffff) == SYSCALL_INSTRUCTION ? job->instruction : 0;
+}
+
+/* PROCMAP_QUERY about no address at all: ESRCH if the address space has ended, by exec or exit. */
+static bool has_ended(int maps)
+{
+	uint64_t query[13] = {sizeof query, 0, UINT64_MAX};
+
+	return ioctl(maps, _IOC(_IOC_READ | _IOC_WRITE, 'f', 17, sizeof query), query) &&
+	       errno == ESRCH;
+}
+
+static void make_call(struct worker *w, struct slot *slot)
+{
+	struct call *call = &w->batch->calls[slot->call];
+	struct user_regs_struct r = slot->saved;
+
+	r.rax = call->number;
+	r.rdi = call->arguments[0];
+	r.rsi = call->arguments[1];
+	r.rdx = call->arguments[2];
+	r.r10 = r.r8 = r.r9 = r.rcx = 0;
+	r.orig_rax = (unsigned long)-1;
+	r.rip = slot->instruction;
+	slot->dirty = true;
+	slot->state = ENTERING;
+	if (ptrace(PTRACE_SETREGS, slot->tid, NULL, &r) ||
+	    ptrace(PTRACE_SYSCALL, slot->tid, NULL, NULL))
+		finish(w, slot, GONE);
+}
+
+/* It has stopped as we asked. */
+static void take(struct worker *w, struct slot *slot)
+{
+	struct job *job = &w->batch->jobs[slot->job];
+
+	if (ptrace(PTRACE_GETREGS, slot->tid, NULL, &slot->saved)) {
+		finish(w, slot, GONE);
+		return;
+	}
+	if (slot->saved.cs != 0x33 && slot->saved.cs != 0xe033) {
+		let_go(w, slot, 0, SLOW);
+		return;
+	}
+	settle(w, slot);
+	if (w->late) {
+		let_go(w, slot, 0, STUCK);
+		return;
+	}
+	slot->instruction = instruction_for(slot, job);
+	/* EINVAL: no filter. Strict mode is not told, but suspended. */
+	if (!slot->instruction ||
+	    ptrace(PTRACE_SECCOMP_GET_FILTER, slot->tid, NULL, NULL) != -1 || errno != EINVAL ||
+	    ptrace(PTRACE_SETOPTIONS, slot->tid, NULL, (void *)(OPTIONS | PTRACE_O_SUSPEND_SECCOMP))) {
+		let_go(w, slot, 0, SLOW);
+		return;
+	}
+	if (job->maps >= 0 && has_ended(job->maps)) {
+		let_go(w, slot, 0, GONE);
+		return;
+	}
+	slot->call = job->first;
+	if (job->count)
+		make_call(w, slot);
+	else
+		let_go(w, slot, 0, 0);
+}
+
+/* Our call has returned. */
+static void judge(struct worker *w, struct slot *slot)
+{
+	struct job *job = &w->batch->jobs[slot->job];
+	long result;
+
+	errno = 0;
+	result = ptrace(PTRACE_PEEKUSER, slot->tid, offsetof(struct user_regs_struct, rax), NULL);
+	/* At once: should this process die, the kernel lets go of the thread as it is. */
+	if (errno || ptrace(PTRACE_SETREGS, slot->tid, NULL, &slot->saved)) {
+		finish(w, slot, GONE);
+		return;
+	}
+	slot->dirty = false;
+	if (w->late)
+		let_go(w, slot, 0, STUCK);
+	else if (restarts(result))
+		make_call(w, slot);
+	else if (result < 0 && result >= -4095)
+		let_go(w, slot, 0, (int)-result);
+	else if (++slot->call == job->first + job->count)
+		let_go(w, slot, 0, 0);
+	else
+		make_call(w, slot);
+}
+
+/* A thread that we trace has stopped or ended. */
+static void heard(struct worker *w, pid_t tid, int status)
+{
+	int signal = status >> 8 & 0xff, event = status >> 16;
+	struct slot *slot = NULL;
+
+	for (uint32_t i = 0; i < w->used && !slot; i++)
+		if (w->slots[i].tid == tid)
+			slot = &w->slots[i];
+	if (!WIFSTOPPED(status)) {
+		if (slot)
+			finish(w, slot, GONE);
+	} else if (!slot) {
+		ptrace(PTRACE_DETACH, tid, NULL, NULL);
+	} else if (slot->state == STOPPING && event == EVENT_STOP && signal == SIGTRAP) {
+		take(w, slot);
+	} else if (slot->state == ENTERING && signal == SYSCALL_STOP) {
+		slot->state = LEAVING;
+		if (w->late) /* not to be made any more */
+			ptrace(PTRACE_POKEUSER, tid, offsetof(struct user_regs_struct, orig_rax), -1L);
+		if (ptrace(PTRACE_SYSCALL, tid, NULL, NULL))
+			finish(w, slot, GONE);
+	} else if (slot->state == LEAVING && signal == SYSCALL_STOP) {
+		judge(w, slot);
+	} else { /* a signal, which it gets; a group stop, which goes on; an exec */
+		let_go(w, slot, event || signal == SYSCALL_STOP ? 0 : signal, SLOW);
+	}
+}
+
+static bool is_single(pid_t tid, int *status)
+{
+	struct stat task;
+	char name[32];
+
+	snprintf(name, sizeof name, "/proc/%d/task", tid);
+	if (stat(name, &task)) {
+		*status = errno == ENOENT || errno == ESRCH ? GONE : SLOW;
+		return false;
+	}
+	*status = SLOW;
+	return task.st_nlink == 3; /* "." and ".." and one thread */
+}
+
+/* Take on one more client; false if there is none. */
+static bool begin(struct worker *w)
+{
+	struct batch *batch = w->batch;
+	uint32_t index = atomic_fetch_add(&batch->next, 1);
+	struct slot *slot = &w->slots[w->used];
+	struct job *job;
+	long result;
+
+	if (index >= batch->count) {
+		atomic_store(&batch->next, batch->count); /* so that it never wraps */
+		return false;
+	}
+	job = &batch->jobs[index];
+	if (!is_single(job->tid, &job->status))
+		return true;
+	result = msharefs_seize(PTRACE_SEIZE, job->tid, NULL, OPTIONS);
+	if (result) {
+		job->status = result == -ESRCH ? GONE : SLOW;
+		return true;
+	}
+	job->status = PENDING;
+	*slot = (struct slot){.tid = job->tid, .job = index, .state = STOPPING, .since = now()};
+	w->used++;
+	if (ptrace(PTRACE_INTERRUPT, job->tid, NULL, NULL))
+		finish(w, slot, GONE);
+	return true;
+}
+
+/* -- a thread */
+
+static void forget_slow_ones(struct worker *w, int64_t time)
+{
+	for (uint32_t i = 0; i < w->used; i++)
+		if (w->slots[i].since != INT64_MIN && w->slots[i].since < time - TICK) {
+			w->slots[i].since = INT64_MIN;
+			w->old++;
+		}
+}
+
+static bool any_dirty(const struct worker *w)
+{
+	for (uint32_t i = 0; i < w->used; i++)
+		if (w->slots[i].dirty)
+			return true;
+	return false;
+}
+
+static void report(struct worker *w)
+{
+	struct batch *batch = w->batch;
+
+	for (uint32_t i = 0; i < w->used; i++)
+		batch->jobs[w->slots[i].job].status = STUCK;
+	w->reported = true;
+	pthread_mutex_lock(&batch->lock);
+	if (!--batch->running)
+		pthread_cond_signal(&batch->reported);
+	pthread_mutex_unlock(&batch->lock);
+}
+
+static void serve(struct worker *w)
+{
+	int64_t time = now(), looked = time;
+	int status;
+	pid_t tid;
+
+	for (;;) {
+		while (w->used - w->old < WINDOW && begin(w))
+			;
+		if (!w->used)
+			return;
+		tid = waitpid(-1, &status, __WALL | __WNOTHREAD);
+		if (tid > 0)
+			heard(w, tid, status);
+		else if (errno != EINTR)
+			return;
+		time = now();
+		if (time >= w->batch->deadline)
+			break;
+		if (time >= looked + TICK) {
+			forget_slow_ones(w, time);
+			looked = time;
+		}
+	}
+	w->late = true;
+	while (w->used && (tid = waitpid(-1, &status, __WALL | __WNOTHREAD | WNOHANG)) > 0)
+		heard(w, tid, status);
+}
+
+/* A timer that interrupts this thread's calls. */
+static bool start_ticking(timer_t *timer)
+{
+	struct sigevent event = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = TIMER_SIGNAL};
+	struct itimerspec every = {timespec(TICK), timespec(TICK)};
+
+	event._sigev_un._tid = gettid();
+	if (timer_create(CLOCK_MONOTONIC, &event, timer))
+		return false;
+	timer_settime(*timer, 0, &every, NULL);
+	return true;
+}
+
+static void *work(void *argument)
+{
+	struct worker w = {.batch = argument};
+	sigset_t timers;
+	timer_t timer;
+	int status;
+	pid_t tid;
+
+	/* A client that goes on must not take the processor from us: the next one waits. */
+	setpriority(PRIO_PROCESS, 0, -20);
+	w.slots = malloc(w.batch->count * sizeof *w.slots); /* of which little is ever touched */
+	sigemptyset(&timers);
+	sigaddset(&timers, TIMER_SIGNAL);
+	if (w.slots && start_ticking(&timer)) {
+		pthread_sigmask(SIG_UNBLOCK, &timers, NULL);
+		serve(&w);
+		timer_delete(timer);
+		pthread_sigmask(SIG_BLOCK, &timers, NULL);
+	}
+	report(&w);
+	/* The kernel lets go of what has not stopped when we end; of this it must not. */
+	while (any_dirty(&w) && (tid = waitpid(-1, &status, __WALL | __WNOTHREAD)) > 0)
+		heard(&w, tid, status);
+	free(w.slots);
+	let_go_of_batch(w.batch);
+	return NULL;
+}
+
+/* -- who waits for them */
+
+static struct batch *new_batch(const Py_buffer *jobs, const Py_buffer *calls)
+{
+	struct batch *batch = calloc(1, sizeof *batch + (size_t)jobs->len + (size_t)calls->len);
+	pthread_condattr_t attributes;
+
+	if (!batch)
+		return NULL;
+	batch->count = (uint32_t)((size_t)jobs->len / sizeof(struct job));
+	batch->calls = (struct call *)(batch->jobs + batch->count);
+	memcpy(batch->jobs, jobs->buf, (size_t)jobs->len);
+	memcpy(batch->calls, calls->buf, (size_t)calls->len);
+	for (uint32_t i = 0; i < batch->count; i++) {
+		batch->jobs[i].status = PENDING;
+		batch->jobs[i].disturbed = 0;
+	}
+	pthread_mutex_init(&batch->lock, NULL);
+	pthread_condattr_init(&attributes);
+	pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+	pthread_cond_init(&batch->reported, &attributes);
+	pthread_condattr_destroy(&attributes);
+	batch->users = 1;
+	return batch;
+}
+
+/* The threads are interrupted by their timer and by nothing else. */
+static void start_threads(struct batch *batch, unsigned threads)
+{
+	pthread_attr_t attributes;
+	sigset_t all, before;
+	pthread_t thread;
+
+	sigfillset(&all);
+	pthread_attr_init(&attributes);
+	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+	pthread_attr_setstacksize(&attributes, STACK);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	pthread_mutex_lock(&batch->lock);
+	for (unsigned i = 0; i < threads && !pthread_create(&thread, &attributes, work, batch); i++) {
+		batch->running++;
+		batch->users++;
+	}
+	pthread_mutex_unlock(&batch->lock);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	pthread_attr_destroy(&attributes);
+}
+
+static void run(struct batch *batch, unsigned threads)
+{
+	struct timespec end = timespec(batch->deadline + GRACE);
+
+	start_threads(batch, threads);
+	pthread_mutex_lock(&batch->lock);
+	while (batch->running && !pthread_cond_timedwait(&batch->reported, &batch->lock, &end))
+		;
+	pthread_mutex_unlock(&batch->lock);
+}
+
+static bool calls_exist(const struct job *job, Py_ssize_t jobs, Py_ssize_t calls)
+{
+	for (Py_ssize_t i = 0; i < jobs; i++)
+		if ((uint64_t)job[i].first + job[i].count > (uint64_t)calls)
+			return false;
+	return true;
+}
+
+static PyObject *borrow_many(PyObject *module, PyObject *args)
+{
+	unsigned threads;
+	long long limit;
+	unsigned long long own_device;
+	struct batch *batch = NULL;
+	Py_buffer jobs, calls;
+	PyObject *result = NULL;
+	Py_ssize_t count;
+
+	(void)module;
+	if (!PyArg_ParseTuple(args, "w*y*ILK", &jobs, &calls, &threads, &limit, &own_device))
+		return NULL;
+	count = jobs.len / (Py_ssize_t)sizeof(struct job);
+	if (jobs.len % (Py_ssize_t)sizeof(struct job) || calls.len % (Py_ssize_t)sizeof(struct call) ||
+	    !threads || threads > MOST_THREADS || limit < 0 || count >= INT32_MAX ||
+	    !calls_exist(jobs.buf, count, calls.len / (Py_ssize_t)sizeof(struct call))) {
+		PyErr_SetString(PyExc_ValueError, "jobs, calls or threads out of range");
+	} else if (!(batch = new_batch(&jobs, &calls))) {
+		PyErr_NoMemory();
+	} else {
+		batch->deadline = now() + limit;
+		batch->own_device = own_device;
+		Py_BEGIN_ALLOW_THREADS
+		run(batch, threads);
+		Py_END_ALLOW_THREADS
+		for (uint32_t i = 0; i < batch->count; i++)
+			if (batch->jobs[i].status == PENDING) /* a thread has it, or none had time */
+				batch->jobs[i].status = i < atomic_load(&batch->next) ? STUCK : SLOW;
+		memcpy(jobs.buf, batch->jobs, (size_t)jobs.len);
+		let_go_of_batch(batch);
+		result = Py_NewRef(Py_None);
+	}
+	PyBuffer_Release(&jobs);
+	PyBuffer_Release(&calls);
+	return result;
+}
+
+static PyMethodDef methods[] = {
+	{"borrow_many", borrow_many, METH_VARARGS,
+	 "borrow_many(jobs, calls, threads, limit_ns, own_device): see _native.pyi."},
+	{NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {
+	PyModuleDef_HEAD_INIT, .m_name = "msharefs.clients._native", .m_size = -1, .m_methods = methods};
+
+PyMODINIT_FUNC PyInit__native(void)
+{
+	struct sigaction action = {.sa_sigaction = on_timer, .sa_flags = SA_SIGINFO};
+	PyObject *module;
+
+	if (sigaction(TIMER_SIGNAL, &action, NULL))
+		return PyErr_SetFromErrno(PyExc_OSError);
+	module = PyModule_Create(&definition);
+	if (module && (PyModule_AddIntMacro(module, SLOW) || PyModule_AddIntMacro(module, GONE) ||
+		       PyModule_AddIntMacro(module, STUCK))) {
+		Py_DECREF(module);
+		return NULL;
+	}
+	return module;
+}
+
+#else
+
+PyMODINIT_FUNC PyInit__native(void)
+{
+	PyErr_SetString(PyExc_ImportError, "for x86-64 only");
+	return NULL;
+}
+
+#endif

@@ -1,0 +1,156 @@
+"""Many clients' protections set side by side, natively where that is to be had.
+
+For: a change of a region, which takes an mprotect(2) or two in each of its clients. The usual client
+is borrowed by the compiled module (``_native.c``), in threads that it starts; each that is unusual
+in any way, and all of them where there is no such module, by ``borrow.py`` in the tracing thread.
+
+Promises: those of ``borrow.py``, whichever way it goes; outcomes in order, one for each client; one
+that fails or hangs keeps no other from being done.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from msharefs.clients import native
+from msharefs.clients.arch import Number
+from msharefs.clients.borrow import borrow, vdso_instruction
+from msharefs.clients.gone import Gone
+from msharefs.clients.procmap import has_query
+from msharefs.clients.ptrace import Tracee
+from msharefs.region.errors import ClientStuck
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from msharefs.clients.borrow import Body, Borrowed
+    from msharefs.clients.replica import Step
+    from msharefs.clients.space import AddressSpace
+    from msharefs.clients.tracer import Session, Tracer
+
+THREADS: Final = 2
+"""So many that one traces while the others' clients run, and no more than small machines have."""
+
+# The structures of _native.c: tid, status, instruction, first, count, disturbed, maps; and
+# number and three arguments of a call.
+_JOB: Final = struct.Struct("=iiQIIIi")
+_STATUS: Final = struct.Struct("=i")
+_STATUS_AT: Final = 4
+_CALL: Final = struct.Struct("=QQQQ")
+_MASK: Final = (1 << 64) - 1
+
+
+async def protect_many(
+    tracer: Tracer,
+    pids: Sequence[int],
+    steps: Sequence[Sequence[Step]],
+    limit: float,
+    *,
+    spaces: Sequence[AddressSpace] | None = None,
+    guard: Callable[[Body[None]], Body[None]] | None = None,
+) -> list[Exception | None]:
+    """Have process ``pids[i]`` make ``steps[i]``, in order, up to the first that fails.
+
+    ``limit``: seconds for all. ``spaces[i]``: the address space that is meant; another program's is
+    left alone, as Gone. ``guard`` wraps what a borrowed thread does; then all are borrowed one by
+    one. What can be the matter with one: NotAdoptable, ClientStuck, Gone (see ``borrow``), OSError
+    of a step. Not to be cancelled.
+    """
+    outcomes: list[Exception | None] = [None] * len(pids)
+    left: Iterable[int] = range(len(pids))
+    if native.present and guard is None and (spaces is None or has_query()):
+        with trio.CancelScope(shield=True):
+            left = await _natively(pids, steps, limit, spaces, outcomes)
+    sessions: list[Session[None]] = []
+    left = list(left)
+    for index in left:
+        body = protecting(steps[index])
+        sessions.append(
+            borrow(
+                pids[index],
+                body if guard is None else guard(body),
+                limit=limit,
+                check=None if spaces is None else spaces[index].check,
+            )
+        )
+    for index, outcome in zip(left, await tracer.run(sessions), strict=True):
+        outcomes[index] = outcome
+    return outcomes
+
+
+def protecting(steps: Sequence[Step]) -> Body[None]:
+    """What a borrowed thread does for it."""
+
+    def body(thread: Borrowed) -> Session[None]:
+        for step in steps:
+            result = yield from thread.call(
+                Number.MPROTECT, step.address, step.size, int(step.prot)
+            )
+            if result < 0:
+                raise _failed(thread.pid, -result)
+
+    return body
+
+
+async def _natively(
+    pids: Sequence[int],
+    steps: Sequence[Sequence[Step]],
+    limit: float,
+    spaces: Sequence[AddressSpace] | None,
+    outcomes: list[Exception | None],
+) -> list[int]:
+    """Note the outcomes. Whose are to be had by ``borrow``."""
+    held: list[AddressSpace] = []
+    jobs, calls, taken, slow = bytearray(), bytearray(), [], []
+    try:
+        for index, pid in enumerate(pids):
+            if pid <= 0:
+                slow.append(index)
+                continue
+            maps = -1
+            if spaces is not None:
+                try:
+                    maps = spaces[index].enter()
+                except Gone as error:
+                    outcomes[index] = error
+                    continue
+                held.append(spaces[index])
+            first = len(calls) // _CALL.size
+            for step in steps[index]:
+                calls += _CALL.pack(Number.MPROTECT, step.address, step.size, int(step.prot))
+            jobs += _JOB.pack(pid, 0, vdso_instruction(pid), first, len(steps[index]), 0, maps)
+            taken.append(index)
+        await trio.to_thread.run_sync(
+            native.borrow_many,
+            jobs,
+            calls,
+            THREADS,
+            int(limit * 1e9),
+            Tracee.own_device & _MASK,
+        )
+    finally:
+        for space in held:
+            space.leave()
+    for place, index in enumerate(taken):
+        (status,) = _STATUS.unpack_from(jobs, place * _JOB.size + _STATUS_AT)
+        if status == native.SLOW:
+            slow.append(index)
+        elif status:
+            outcomes[index] = _outcome(pids[index], status)
+    return slow
+
+
+def _outcome(pid: int, status: int) -> Exception:
+    if status == native.GONE:
+        return Gone(f"process {pid}")
+    if status == native.STUCK:
+        return ClientStuck(f"process {pid} did not stop, or finish a call, in time")
+    return _failed(pid, status)
+
+
+def _failed(pid: int, code: int) -> OSError:
+    return OSError(code, f"process {pid}: mprotect: {os.strerror(code)}")
