@@ -356,6 +356,8 @@ _RESTARTED_BY_THE_KERNEL: Final = frozenset(
 IN_EXEC: Final = 5
 _CLONE_VFORK: Final = 0x4000
 
+NEVER: Final = 4
+
 RUNNING: Final = -1
 """Instead of a number: the thread is in user code, or in a fault."""
 
@@ -372,8 +374,10 @@ def reluctance(number: int, arguments: tuple[int, ...]) -> int:
         return 0
     if number in {Number.EXECVE, Number.EXECVEAT}:
         return IN_EXEC
-    if number == Number.VFORK or (number == Number.CLONE and arguments[0] & _CLONE_VFORK):
-        return 4  # waits for its child, and does not stop before
+    if number in {Number.VFORK, Number.CLONE3} or (
+        number == Number.CLONE and arguments[0] & _CLONE_VFORK
+    ):
+        return NEVER  # waits for its child, and does not stop before
     if number in _RESTARTED_BY_THE_KERNEL:
         return 1
     if number in _NEVER_RESTARTED:

@@ -412,6 +412,11 @@ def _least_disturbed(pid: int, tids: list[int]) -> int:
     return best
 
 
+def waits_for_child(pid: int) -> bool:
+    """Whether the process has but one thread, and that waits in vfork(2) for its child."""
+    return _threads(pid) == [pid] and _reluctance(pid, pid) == arch.NEVER
+
+
 def _reluctance(pid: int, tid: int) -> int:
     """See arch.reluctance; proc_pid_syscall(5) says what a thread waits in."""
     try:

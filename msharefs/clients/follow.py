@@ -106,22 +106,31 @@ class Followed:
         tracee = self.tracee
         if not tracee.seized:
             return
-        signal = 0
         if tracee.stopped:
             if tracee.at_entry():
                 yield from self._back_out()
+            tracee.detach()
+            return
+        tracee.interrupt()
+        tracee.deadline = monotonic() + _LAST_WAIT
+        try:
+            yield from self._let_go_stopped()
+        except TimedOut:
+            tracee.rest = self._let_go_late
+
+    def _let_go_stopped(self) -> Session[None]:
+        tracee = self.tracee
+        signal = (yield tracee).signal
+        if tracee.at_entry():
+            yield from self._back_out()
         else:
-            tracee.interrupt()
-            tracee.deadline = monotonic() + _LAST_WAIT
-            try:
-                signal = (yield tracee).signal
-            except TimedOut:
-                return  # the tracer lets go of it as soon as it stops
-            if tracee.at_entry():
-                yield from self._back_out()
-            else:
-                self._settle(tracee.registers())
+            self._settle(tracee.registers())
         tracee.detach(signal)
+
+    def _let_go_late(self) -> Session[None]:
+        """As soon as it stops: it may wait in a request to us that is not to be given up just now."""
+        self.tracee.deadline = float("inf")
+        yield from self._let_go_stopped()
 
     def _back_out(self) -> Session[None]:
         """From an entry to before it: who is let go in a call finds it interrupted (signal(7))."""

@@ -16,6 +16,9 @@ from msharefs.region.events import Actor
 
 PIDFD_THREAD: Final = os.O_EXCL
 SYS_PIDFD_GETFD: Final = 438
+EI_CLASS: Final = 4
+ELFCLASS32: Final = b"\1"
+"""Where the file of a program says so: elf(5)."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -38,15 +41,6 @@ def identify(tid: int) -> Actor:
     return Actor(pid, tid, comm)
 
 
-def runs_32_bit_code(pid: int) -> bool:
-    """Whether the process's program is a 32-bit one (elf(5), EI_CLASS); False if it has gone."""
-    try:
-        with Path(f"/proc/{pid}/exe").open("rb") as program:
-            return program.read(5)[4:] == b"\x01"
-    except OSError:
-        return False
-
-
 def parent_of(pid: int) -> int:
     """The process's parent; 0 if it has gone."""
     try:
@@ -54,6 +48,24 @@ def parent_of(pid: int) -> int:
     except OSError:
         return 0
     return int(stat.rpartition(") ")[2].split()[1])
+
+
+def hindrance(tid: int) -> str:
+    """Why a thread's process can be seen not to be adoptable, without touching it; "" if it can be.
+
+    A program that is 64-bit by its file may still run other code, and a filter may come a moment
+    later; whoever borrows it looks again.
+    """
+    try:
+        status = Path(f"/proc/{tid}/status").read_bytes()
+        with open(f"/proc/{tid}/exe", "rb", buffering=0) as program:  # noqa: PTH123 - half the cost
+            head = program.read(EI_CLASS + 1)
+    except OSError:
+        return ""  # it has gone, or somebody is to find out by trying
+    mode = status.partition(b"\nSeccomp:\t")[2][:1]
+    if mode not in {b"", b"0"}:
+        return "a seccomp filter is in force"
+    return "a 32-bit process" if head[EI_CLASS:] == ELFCLASS32 else ""
 
 
 def duplicate_descriptor(tid: int, fd: int) -> int:

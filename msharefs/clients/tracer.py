@@ -424,5 +424,5 @@ def _ident(thread: threading.Thread) -> int:
 
 
 def _log_failure(outcome: Any) -> None:
-    if isinstance(outcome, Exception) and not isinstance(outcome, Gone):
+    if isinstance(outcome, Exception) and not isinstance(outcome, Gone | TimedOut):
         log.error("a thread was let go late", exc_info=outcome)

@@ -12,6 +12,7 @@ Leaves out: what a failure means (``enforce.py``), what the layout is (``layout.
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import attrs
@@ -19,10 +20,11 @@ import trio
 
 from msharefs.abi import PROT_ALL, Prot
 from msharefs.clients.arch import Number
-from msharefs.clients.borrow import borrow
+from msharefs.clients.borrow import borrow, waits_for_child
 from msharefs.clients.faults import Span
 from msharefs.clients.gone import Gone
 from msharefs.clients.replica import Comparison, Step
+from msharefs.clients.space import AddressSpace
 from msharefs.clients.userfault import Outcome, UserfaultUnavailable, make
 from msharefs.region.demand import Caught, Demand
 from msharefs.region.mapping import PROTS
@@ -262,16 +264,7 @@ class Batch:
             else:
                 borrowed.append(client)
         guard = self._enforcer.guard
-        sessions: list[Session[Any]] = [
-            borrow(
-                client.pid,
-                guard(bodies[client]),
-                limit=LIMIT,
-                known=client.borrowed,
-                check=client.space.check,  # it may have become another program since we looked
-            )
-            for client in borrowed
-        ]
+        sessions = [_session(client, guard(bodies[client])) for client in borrowed]
         results = await self._enforcer.tracer.run(sessions)
         for client, result in zip(borrowed, results, strict=True):
             client.borrowed = client.borrowed or not isinstance(result, Exception)
@@ -309,6 +302,33 @@ class all_locks:  # noqa: N801 - used like a function
         for client in self._held:
             client.lock.release()
         self._held = []
+
+
+def _session(client: Client, body: Body[Any]) -> Session[Any]:
+    """Borrow a thread that has the client's memory.
+
+    A process in vfork(2) does not stop before its child has done; that has the same memory.
+    """
+    space, known = client.space, client.borrowed
+    if client.sharers and waits_for_child(client.pid):
+        for pid in client.sharers:
+            try:
+                same = partial(_same, pid, space)
+                return (yield from borrow(pid, body, limit=LIMIT, known=known, check=same))
+            except Gone:  # it runs another program by now, and its parent goes on
+                continue
+    check = space.check  # it may have become another program since we looked
+    return (yield from borrow(client.pid, body, limit=LIMIT, known=known, check=check))
+
+
+def _same(pid: int, space: AddressSpace) -> None:
+    """Raises Gone unless the process has that address space."""
+    other = AddressSpace(pid)
+    try:
+        if not other.same_as(space):
+            raise Gone(f"process {pid}")
+    finally:
+        other.close()
 
 
 def has_now(window: MappedRange) -> Prot:

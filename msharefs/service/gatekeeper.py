@@ -22,7 +22,7 @@ import trio
 
 from msharefs.clients.gone import Gone
 from msharefs.clients.holding import Limits
-from msharefs.clients.identity import identify, runs_32_bit_code
+from msharefs.clients.identity import hindrance, identify
 from msharefs.clients.procmap import MappedRange
 from msharefs.region.errors import NotAdoptable, PrivateMapping, RegionError
 from msharefs.region.events import Event, EventKind
@@ -82,8 +82,8 @@ class Gatekeeper:
         try:
             if not actor.pid:
                 raise NotAdoptable("the process lives in a foreign pid namespace")  # noqa: TRY301
-            if self._enforcer.strict and runs_32_bit_code(actor.pid):
-                raise NotAdoptable("a 32-bit process")  # noqa: TRY301 - found out later otherwise
+            if reason := hindrance(actor.tid):
+                raise NotAdoptable(reason)  # noqa: TRY301
             held = self._enforcer.hands.take(actor.tid, actor.pid, limits)
             await held.placed()
         except Gone:
