@@ -32,7 +32,7 @@ def outcome(start_mount, tmp_path, request):
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
     )
 
 
