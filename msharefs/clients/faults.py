@@ -30,7 +30,13 @@ from typing import TYPE_CHECKING, Final, Protocol
 import attrs
 import trio
 
-from msharefs.clients.identity import identify, parent_of
+from msharefs.clients.identity import (
+    children_of,
+    identify,
+    identify_inside,
+    in_own_namespace,
+    parent_of,
+)
 from msharefs.clients.lanes import Lane, Workers
 from msharefs.clients.signals import Stand, kill, segv, stand_of
 from msharefs.clients.userfault import (
@@ -42,13 +48,13 @@ from msharefs.clients.userfault import (
     Userfault,
 )
 from msharefs.region.demand import CAUGHT, Caught
+from msharefs.region.events import Actor
 from msharefs.region.pages import page_down
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from msharefs.clients.userfault import Message
-    from msharefs.region.events import Actor
 
 log = logging.getLogger(__name__)
 
@@ -228,6 +234,8 @@ class Served:
     """A child that has got one of its descriptors so far."""
     parent: Served | None = None
     """Of a forked child that has not been met yet."""
+    foreign: bool = False
+    """Whether it lives in a pid namespace below ours."""
     lane: Lane = attrs.field(factory=Lane)
     _actors: dict[int, Actor] = attrs.field(factory=dict)
 
@@ -242,8 +250,21 @@ class Served:
         if known is None:
             if len(self._actors) >= ACTORS_REMEMBERED:
                 self._actors.clear()
-            known = self._actors[tid] = identify(tid)
+            known = self._actors[tid] = self._identify(tid)
         return known
+
+    def _identify(self, tid: int) -> Actor:
+        """Threads are told of by their numbers in their own pid namespace."""
+        above = self.parent
+        if self.pid is None and above is not None and above.pid is not None and above.foreign:
+            for pid in children_of(above.pid):
+                found = identify_inside(pid, tid)
+                if found is not None:
+                    return found
+        if self.pid is not None and self.foreign:
+            found = identify_inside(self.pid, tid)
+            return found or Actor(self.pid, self.pid, "")
+        return identify(tid)
 
     def half_for(self, caught: Caught) -> Half:
         """The descriptor that is to catch it."""
@@ -302,6 +323,7 @@ class Faults:
     def add(self, client: object, userfaults: Sequence[Userfault], pid: int | None) -> Served:
         """Serve one more client by its descriptors, ours from now on. Nothing is caught yet."""
         served = Served(client, pid)
+        served.foreign = pid is not None and not in_own_namespace(pid)
         for userfault in userfaults:
             self._attach(served, userfault, [])
         return served
@@ -557,6 +579,7 @@ class Faults:
 
     def _meet(self, served: Served, pid: int) -> None:
         served.pid, served.parent = pid, None
+        served.foreign = not in_own_namespace(pid)
 
     async def _bury(self) -> None:
         """Notice the ends of children that nobody has met; of others, the host is told."""
@@ -608,9 +631,10 @@ class Faults:
         ignores signals there, but for SIGKILL. (Ranges where all is denied are therefore caught by
         a descriptor that leaves system calls alone, which get EFAULT.)
         """
-        actor, stand = access.actor, stand_of(access.tid)
+        actor = access.actor
+        stand = stand_of(actor.tid)
         if stand is Stand.FAULT:
-            segv(actor.pid, access.tid, access.fault.address)
+            segv(actor.pid, actor.tid, access.fault.address)
         elif stand is Stand.CALL:
             kill(actor.pid)
         else:

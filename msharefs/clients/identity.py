@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -39,6 +40,48 @@ def identify(tid: int) -> Actor:
             pid = int(value)
             break
     return Actor(pid, tid, comm)
+
+
+def in_own_namespace(pid: int) -> bool:
+    """Whether the process has its number from the pid namespace that we are in."""
+    try:
+        return Path(f"/proc/{pid}/ns/pid").readlink() == Path("/proc/self/ns/pid").readlink()
+    except OSError:
+        return True
+
+
+def identify_inside(pid: int, inner: int) -> Actor | None:
+    """The thread of process ``pid`` that has the number ``inner`` in its own pid namespace."""
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+    except OSError:
+        return None
+    for thread in threads:
+        if inner_number(int(thread.name)) == inner:
+            return identify(int(thread.name))
+    return None
+
+
+def inner_number(tid: int) -> int:
+    """A thread's number in its own pid namespace; 0 if it has gone."""
+    try:
+        status = Path(f"/proc/{tid}/status").read_text(errors="replace")
+    except OSError:
+        return 0
+    for line in status.splitlines():
+        if line.startswith("NSpid:"):
+            return int(line.split()[-1])
+    return tid
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes whose parent it is, as /proc/PID/task/TID/children has them."""
+    found: list[int] = []
+    with suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(OSError):
+                found += map(int, (thread / "children").read_text().split())
+    return found
 
 
 def parent_of(pid: int) -> int:

@@ -55,17 +55,21 @@ def stand_of(tid: int) -> Stand:
 
 
 def takes(tid: int, number: int) -> bool:
-    """Whether the thread neither blocks nor ignores the signal. False if it has ended."""
+    """Whether the signal does something to the thread. False if it has ended.
+
+    It does not if it is blocked or ignored, nor if the process is the first of a pid namespace and
+    has no handler: such a one is not to be ended by signals (pid_namespaces(7)).
+    """
     bit = 1 << number - 1
     try:
         status = Path(f"/proc/{tid}/status").read_text(errors="replace")
     except OSError:
         return False
-    for line in status.splitlines():
-        key, _, value = line.partition(":\t")
-        if key in {"SigBlk", "SigIgn"} and int(value, 16) & bit:
-            return False
-    return True
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    if (int(fields["SigBlk"], 16) | int(fields["SigIgn"], 16)) & bit:
+        return False
+    first = "1" in fields.get("NSpid", "").split()[1:]
+    return not first or bool(int(fields["SigCgt"], 16) & bit)
 
 
 def segv(pid: int, tid: int, address: int) -> None:

@@ -224,6 +224,29 @@ def test_a_program_without_privileges_has_its_own_stores_watched(
         process.kill()
 
 
+def test_a_program_in_a_pid_namespace_of_its_own(mount, region, events, toucher_program):
+    region.protect(PAGE, PAGE, "r--")
+    region.notify(0, 2 * PAGE)
+    command = ["unshare", "--pid", "--fork", "--kill-child", toucher_program, mount.path / "r"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        toucher = Toucher(process, *map(int, process.stdout.readline().split()))
+        assert toucher.pid == 1, "by its own count"
+        (pid,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert do(toucher, "w 3") == "wrote 3"
+        assert seen(events.next()) == ("fault", "store", 3, int(pid))
+        assert do(toucher, f"l {PAGE}") == "jumped"
+        assert seen(events.next()) == ("deny", "store", PAGE, int(pid))
+        region.notify(0, PAGE)
+        told = sorted([do(toucher, "h 5"), toucher.hear()])
+        assert told[1] == "child wrote"
+        child = events.next()
+        assert seen(child)[:3] == ("fault", "store", 5)
+        assert child["pid"] in map(
+            int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        )
+        process.kill()
+
+
 def test_who_may_only_read_cannot_store_and_is_let_be(region, events):
     program = (
         "import mmap, os, sys\n"
