@@ -305,6 +305,9 @@ class Userfault:
                 return _OUTCOMES[code]
             if refusable and code in {errno.EPERM, errno.EINVAL, errno.EBUSY}:
                 return Outcome.REFUSED
+            # (Un)registering says ENOMEM for memory that is gone as well.
+            if refusable and code == errno.ENOMEM and not self.alive:
+                return Outcome.GONE
             raise
         return Outcome.THERE if dead else Outcome.SERVED
 

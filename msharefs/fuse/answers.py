@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import trio
@@ -29,6 +30,8 @@ from .wire import (
     WriteRequest,
     build_reply,
 )
+
+_SETS: Final = ("SigPnd", "ShdPnd", "SigBlk")
 
 if TYPE_CHECKING:
     from .handlers import Pending
@@ -57,7 +60,7 @@ class Answers:
     def __init__(self, device: int, errno_of: Callable[[BaseException, str], int]) -> None:
         self._device = device
         self._errno_of = errno_of
-        self.tasks: Final[dict[int, trio.CancelScope]] = {}
+        self.tasks: Final[dict[int, tuple[trio.CancelScope, Request]]] = {}
         self.pending: Final[dict[int, tuple[Pending, Request, Refuse]]] = {}
 
     def write(self, frame: Frame) -> bool:
@@ -103,7 +106,8 @@ class Answers:
         """
         if not isinstance(answer, Awaitable):
             raise TypeError(f"the handler of {request.opcode.name} returned {answer!r}")
-        scope = self.tasks[request.unique] = trio.CancelScope()
+        scope = trio.CancelScope()
+        self.tasks[request.unique] = scope, request
         self.nursery.start_soon(self._later, request, answer, scope, finish, refuse or self.refuse)
 
     def wait_for(
@@ -146,10 +150,14 @@ class Answers:
         if unique in self.pending:
             self._give_up(unique, errno.EINTR)
             return True
-        scope = self.tasks.get(unique)
-        if scope is None:
+        task = self.tasks.get(unique)
+        if task is None:
             return False
-        scope.cancel()
+        scope, request = task
+        # A stop by a tracer (ours, while somebody's change is under way) looks like a signal. An
+        # ioctl ends soon by itself, and its caller is not to see that.
+        if not isinstance(request, IoctlRequest) or _is_signalled(request.pid):
+            scope.cancel()
         return True
 
     async def _later(
@@ -199,3 +207,14 @@ def _describe(request: Request) -> str:
     ):
         return f"{request.opcode.name} on node {request.nodeid} by pid {request.pid}"
     return request.opcode.name
+
+
+def _is_signalled(tid: int) -> bool:
+    """Whether a signal really waits for the thread. Source: proc_pid_status(5)."""
+    try:
+        status = Path(f"/proc/{tid}/status").read_text(errors="replace")
+    except OSError:
+        return True  # it has gone
+    sets = dict(line.split(":\t", 1) for line in status.splitlines() if line.startswith(_SETS))
+    pending, shared, blocked = (int(sets[name], 16) for name in _SETS)
+    return bool((pending | shared) & ~blocked)

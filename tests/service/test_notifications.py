@@ -620,3 +620,71 @@ def test_many_stores_by_many_processes_are_all_reported(mount, region, events, s
         toucher.process.wait()
     wait_until(lambda: mount.descriptors() < before)
     assert Path(f"/proc/{mount.process.pid}").exists()
+
+
+STOPPED = """
+import ctypes, os, sys
+from msharefs.client import Region
+libc = ctypes.CDLL(None, use_errno=True)
+libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+def seize(tid):
+    assert libc.ptrace(0x4206, tid, None, None) == 0
+def stop_and_go(tid):
+    assert libc.ptrace(0x4207, tid, None, None) == 0
+    os.waitpid(tid, 0x40000000)
+    assert libc.ptrace(7, tid, None, None) == 0
+child = int(sys.argv[1])
+seize(child)
+print("seized", flush=True)
+for line in sys.stdin:
+    stop_and_go(child)
+    print("stopped", flush=True)
+"""
+
+CHANGER = """
+import sys
+from msharefs.client import Region
+with Region.open(sys.argv[1]) as region:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for _ in range(30):
+        region.notify(0, 4096)
+print("done", flush=True)
+"""
+
+
+def test_a_tracer_s_stops_are_not_seen_by_who_asks_for_a_watch(mount, region, start):
+    toucher = start()
+    changer = subprocess.Popen(
+        [sys.executable, "-c", CHANGER, mount.path / "r"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    tracer = None
+    try:
+        assert changer.stdout.readline() == b"ready\n"
+        wait_until(lambda: "TracerPid:\t0" in Path(f"/proc/{changer.pid}/status").read_text())
+        tracer = subprocess.Popen(
+            [sys.executable, "-c", STOPPED, str(changer.pid)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert tracer.stdout.readline() == b"seized\n"
+        changer.stdin.write(b"\n")
+        changer.stdin.flush()
+        for _ in range(25):
+            if changer.poll() is not None:
+                break
+            tracer.stdin.write(b"\n")
+            tracer.stdin.flush()
+            if tracer.stdout.readline() != b"stopped\n":
+                break
+        assert changer.stdout.readline() == b"done\n"
+    finally:
+        for process in (tracer, changer):  # a tracee is its tracer's to bury first
+            if process is not None:
+                process.kill()
+                process.wait()
+                process.stdin.close()
+                process.stdout.close()
+    assert do(toucher, "w 0") == "wrote 0"
