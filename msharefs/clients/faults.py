@@ -236,6 +236,8 @@ class Served:
     """Of a forked child that has not been met yet."""
     foreign: bool = False
     """Whether it lives in a pid namespace below ours."""
+    adopted: bool = True
+    """Whether the host drops it when its process ends; of a forked child, once it says so."""
     lane: Lane = attrs.field(factory=Lane)
     _actors: dict[int, Actor] = attrs.field(factory=dict)
 
@@ -548,7 +550,7 @@ class Faults:
             parent.newborn = None
             self._attach(child, userfault, spans)
             return
-        child = Served(parent.client, None, parent=parent)
+        child = Served(parent.client, None, parent=parent, adopted=False)
         self._attach(child, userfault, spans)
         others = any(other.spans for other in parent.halves if other is not half)
         parent.newborn = child if others else None
@@ -582,10 +584,10 @@ class Faults:
         served.foreign = not in_own_namespace(pid)
 
     async def _bury(self) -> None:
-        """Notice the ends of children that nobody has met; of others, the host is told."""
+        """Notice the ends of children that nobody has adopted; of others, the host is told."""
         while True:
             await trio.sleep(BURIAL_PAUSE)
-            for served in [served for served in self if served.parent is not None]:
+            for served in [served for served in self if not served.adopted]:
                 await self.alive(served)
 
     def _abandon(self, served: Served, start: int, end: int) -> None:

@@ -155,9 +155,10 @@ class Batch:
         return failures
 
     async def _catch_one(self, client: Client, failures: dict[Client, Exception]) -> None:
-        served = client.served
-        assert served is not None, "made before"
-        attached = client.regions[self._file.ino]
+        served, attached = client.served, client.regions[self._file.ino]
+        if served is None:  # its end was noticed meanwhile; if it was not its own, see below
+            self._uncatchable.add(client)
+            return
         if self._rearm or not attached.armed:
             wanted = [demand for demand in self._layout.served if demand.caught]
         else:
@@ -173,7 +174,8 @@ class Batch:
         if outcome is Outcome.SERVED:
             self._note_armed(attached)
             self._zap[client] = [span for span in spans if span.caught & Caught.ACCESSES]
-        elif outcome is Outcome.REFUSED:
+        elif outcome in {Outcome.REFUSED, Outcome.GONE}:
+            # Gone may be only who it was taken for: of children forked together one may have ended.
             self._uncatchable.add(client)
 
     async def lift(self) -> None:
@@ -199,8 +201,8 @@ class Batch:
 
     async def _lift_one(self, client: Client, spans: list[Span]) -> None:
         served = client.served
-        assert served is not None, "made before"
-        await self._bring(client, served, spans)
+        if served is not None:
+            await self._bring(client, served, spans)
 
     async def _bring(self, client: Client, served: Served, spans: list[Span]) -> Outcome:
         """Have spans caught, without a moment in which one is caught by nobody and open to all."""

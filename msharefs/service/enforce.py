@@ -265,7 +265,7 @@ class Enforcer:
 
     def serve(self, client: Client, served: Served) -> None:
         """``served`` are the client's userfaultfds, to be let go with it."""
-        served.client = client
+        served.client, served.adopted = client, True
         client.served = served
         client.on_close.append(partial(self.faults.drop, served))
 
