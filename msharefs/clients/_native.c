@@ -666,9 +666,13 @@ static PyObject *borrow_many(PyObject *module, PyObject *args)
 	return result;
 }
 
+PyObject *carry_out_many(PyObject *module, PyObject *args); /* _native_faults.c */
+
 static PyMethodDef methods[] = {
 	{"borrow_many", borrow_many, METH_VARARGS,
-	 "borrow_many(jobs, calls, threads, limit_ns, own_device): see _native.pyi."},
+	 "borrow_many(jobs, calls, threads, limit_ns, own_device): see many.py."},
+	{"carry_out_many", carry_out_many, METH_VARARGS,
+	 "carry_out_many(counter, errands, calls): see faults_many.py."},
 	{NULL, NULL, 0, NULL},
 };
 
@@ -684,7 +688,7 @@ PyMODINIT_FUNC PyInit__native(void)
 		return PyErr_SetFromErrno(PyExc_OSError);
 	module = PyModule_Create(&definition);
 	if (module && (PyModule_AddIntMacro(module, SLOW) || PyModule_AddIntMacro(module, GONE) ||
-		       PyModule_AddIntMacro(module, STUCK))) {
+		       PyModule_AddIntMacro(module, STUCK) || PyModule_AddIntMacro(module, PENDING))) {
 		Py_DECREF(module);
 		return NULL;
 	}

@@ -1,7 +1,9 @@
 SLOW: int
 GONE: int
 STUCK: int
+PENDING: int
 
 def borrow_many(
     jobs: bytearray, calls: bytearray, threads: int, limit_ns: int, own_device: int, /
 ) -> None: ...
+def carry_out_many(counter: bytearray, errands: bytearray, calls: bytearray, /) -> None: ...

@@ -17,6 +17,7 @@ Source: userfaultfd(2), and for denying rt_tgsigqueueinfo(2), proc_pid_syscall(5
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import select
@@ -30,6 +31,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 import attrs
 import trio
 
+from msharefs.clients import native
+from msharefs.clients.errands import Errands, Kind
 from msharefs.clients.identity import (
     children_of,
     identify,
@@ -46,14 +49,17 @@ from msharefs.clients.userfault import (
     Outcome,
     PageFault,
     Userfault,
+    outcome_of,
 )
 from msharefs.region.demand import CAUGHT, Caught
+from msharefs.region.errors import ClientStuck
 from msharefs.region.events import Actor
 from msharefs.region.pages import page_down
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
+    from msharefs.clients.errands import Call
     from msharefs.clients.userfault import Message
 
 log = logging.getLogger(__name__)
@@ -376,6 +382,63 @@ class Faults:
         for span in spans:
             steps += self._plan(served, span)
         outcome = await self._in_lane(served, partial(_carry_out, steps))
+        self._brought(served, spans, outcome)
+        return outcome
+
+    async def bring_many(
+        self, work: Sequence[tuple[Served, Sequence[Span]]], limit: float = 1.0
+    ) -> list[Outcome | Exception]:
+        """:meth:`bring` for many clients side by side: what it returns or raises, for each.
+
+        ClientStuck: not within ``limit`` seconds. It will be done, before whatever is asked for
+        that client later.
+        """
+        outcomes: list[Outcome | Exception] = [Outcome.GONE] * len(work)
+        plans: dict[int, list[_Step]] = {}
+
+        async def one(index: int, do: Callable[[], Awaitable[Outcome]]) -> None:
+            try:
+                with trio.fail_after(limit):
+                    outcomes[index] = await do()
+            except trio.TooSlowError:
+                outcomes[index] = _stuck(work[index][0])
+            except OSError as error:
+                outcomes[index] = error
+
+        async with trio.open_nursery() as nursery:
+            for index, (served, spans) in enumerate(work):
+                if not served.halves:
+                    continue
+                if native.present and self._workers.reserve(served.lane):
+                    plans[index] = [step for span in spans for step in self._plan(served, span)]
+                else:
+                    nursery.start_soon(one, index, partial(self.bring, served, spans))
+            if not plans:
+                return outcomes
+            lanes = [work[index][0].lane for index in plans]
+            errands = Errands(
+                self._workers, lanes, [list(_calls(steps)) for steps in plans.values()]
+            )
+            await errands.run(limit)
+            for place, (index, steps) in enumerate(plans.items()):
+                served, spans = work[index]
+                status, kind = errands.status(place)
+                if status == native.PENDING:
+                    outcomes[index] = _stuck(served)
+                elif status == errno.EAGAIN:  # it is changing for long: as patiently as it takes
+                    nursery.start_soon(one, index, partial(self._again, served, spans, steps))
+                else:
+                    outcomes[index] = outcome = _outcome(status, kind)
+                    if isinstance(outcome, Outcome):
+                        self._brought(served, spans, outcome)
+        return outcomes
+
+    async def _again(self, served: Served, spans: Sequence[Span], steps: list[_Step]) -> Outcome:
+        outcome = await self._in_lane(served, partial(_carry_out, steps))
+        self._brought(served, spans, outcome)
+        return outcome
+
+    def _brought(self, served: Served, spans: Sequence[Span], outcome: Outcome) -> None:
         for span in spans:
             if not mode_of(span.caught):
                 for half in served.halves:
@@ -385,7 +448,6 @@ class Faults:
                     self._host.given_up(served, page)
         if outcome is Outcome.GONE:
             self._over(served, "ended")
-        return outcome
 
     @staticmethod
     def moving(served: Served, spans: Sequence[Span]) -> list[Span]:
@@ -735,6 +797,31 @@ def _carry_out(steps: list[_Step]) -> Outcome:
         if outcome is not Outcome.SERVED:
             return outcome
     return Outcome.SERVED
+
+
+def _calls(steps: Iterable[_Step]) -> Iterator[Call]:
+    """The same for the compiled module."""
+    for step in steps:
+        fd, at, size = step.half.userfault.fd, step.address, step.size
+        if not step.mode:
+            yield fd, Kind.UNREGISTER, at, size, int(step.wake)
+            continue
+        yield fd, Kind.REGISTER, at, size, int(step.mode)
+        if step.mode & Mode.WP:
+            yield fd, Kind.PROTECT, at, size, 0
+
+
+def _outcome(status: int, kind: Kind | None) -> Outcome | Exception:
+    if not status:
+        return Outcome.SERVED
+    try:
+        return outcome_of(OSError(status, os.strerror(status)), refusable=kind is not Kind.PROTECT)
+    except OSError as error:
+        return error
+
+
+def _stuck(served: Served) -> ClientStuck:
+    return ClientStuck(f"process {served.pid} holds its memory map")
 
 
 def _patiently(half: Half, call: Callable[[], Outcome]) -> Outcome:

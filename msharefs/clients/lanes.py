@@ -41,6 +41,7 @@ class Workers:
         self._lanes: queue.SimpleQueue[Lane | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads = 0
+        self._closed = False
         self._idle = 0
         """Threads that wait, minus lanes that wait for a thread."""
 
@@ -51,7 +52,29 @@ class Workers:
             if lane.busy:
                 return
             lane.busy = True
-            start = self._idle <= 0 and self._threads < self._most
+        self._start(lane)
+
+    def reserve(self, lane: Lane) -> bool:
+        """Take a lane that has nothing to do: jobs for it wait until :meth:`release`."""
+        with self._lock:
+            if lane.busy:
+                return False
+            lane.busy = True
+            return True
+
+    def release(self, lane: Lane) -> None:
+        """A lane that was reserved goes on with what was submitted meanwhile. From any thread."""
+        with self._lock:
+            if not lane.jobs:
+                lane.busy = False
+                return
+        self._start(lane)
+
+    def _start(self, lane: Lane) -> None:
+        with self._lock:
+            if self._closed:  # the threads have ended, or will without looking at it
+                self._lanes.put(None)
+            start = self._closed or (self._idle <= 0 and self._threads < self._most)
             if start:
                 self._threads += 1
             else:
@@ -64,6 +87,7 @@ class Workers:
     def close(self) -> None:
         """Let the idle threads end, and those that hang as soon as they do not any more."""
         with self._lock:
+            self._closed = True
             threads = self._threads
         for _ in range(threads):
             self._lanes.put(None)

@@ -7,7 +7,14 @@ pure Python does as well, in several times the processor time.
 from __future__ import annotations
 
 try:
-    from msharefs.clients._native import GONE, SLOW, STUCK, borrow_many
+    from msharefs.clients._native import (
+        GONE,
+        PENDING,
+        SLOW,
+        STUCK,
+        borrow_many,
+        carry_out_many,
+    )
 except ImportError as error:
     present = False
     why = str(error)
@@ -15,4 +22,4 @@ else:
     present = True
     why = ""
 
-__all__ = ["GONE", "SLOW", "STUCK", "borrow_many", "present", "why"]
+__all__ = ["GONE", "PENDING", "SLOW", "STUCK", "borrow_many", "carry_out_many", "present", "why"]

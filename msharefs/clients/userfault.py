@@ -136,6 +136,16 @@ _OUTCOMES: Final = {
 }
 
 
+def outcome_of(error: OSError, *, refusable: bool) -> Outcome:
+    """What a call's failure means; raises it if it is none of those. ``refusable``: (un)register."""
+    code = error.errno or 0
+    if code in _OUTCOMES:
+        return _OUTCOMES[code]
+    if refusable and code in {errno.EPERM, errno.EINVAL, errno.EBUSY}:
+        return Outcome.REFUSED
+    raise error
+
+
 # -- messages
 
 
@@ -298,17 +308,11 @@ class Userfault:
         try:
             fcntl.ioctl(self.fd, number, bytearray(data))
         except OSError as error:
-            code = error.errno or 0
-            if dead and code != errno.ESRCH:
+            if dead and error.errno != errno.ESRCH:
                 return Outcome.THERE
-            if code in _OUTCOMES:
-                return _OUTCOMES[code]
-            if refusable and code in {errno.EPERM, errno.EINVAL, errno.EBUSY}:
-                return Outcome.REFUSED
-            # (Un)registering says ENOMEM for memory that is gone as well.
-            if refusable and code == errno.ENOMEM and not self.alive:
-                return Outcome.GONE
-            raise
+            if refusable and error.errno == errno.ENOMEM and not self.alive:
+                return Outcome.GONE  # (un)registering says so of an address space that has ended
+            return outcome_of(error, refusable=refusable)
         return Outcome.THERE if dead else Outcome.SERVED
 
 
