@@ -24,7 +24,7 @@ from msharefs.clients.space import AddressSpace
 from msharefs.region.mapping import PROTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from msharefs.abi import Prot
     from msharefs.clients.census import Census, Found
@@ -183,19 +183,38 @@ class Roster:
             found, looks = await trio.to_thread.run_sync(self._look, full, private, before)
             for client, met, files in looks:
                 self._update(client, met, files)
-            new: list[Client] = []
-            for one in found:
-                regions = self._regions(one.files)
-                if regions:
-                    known = self.added
-                    try:
-                        client = self.add(one.pid, regions)
-                    except (Gone, PermissionError):
-                        continue
-                    client.files, client.looked = one.files, client.met
-                    if self.added != known:
-                        new.append(client)
-            return new
+            return self._meet(found)
+
+    async def refresh(self, clients: Sequence[Client]) -> None:
+        """Look at clients that are known: what they map is left in ``Client.files``, as by a survey.
+
+        Costs a few microseconds each, whoever else there is on the machine.
+        """
+        before = [(client, client.met) for client in clients]
+        looks = await trio.to_thread.run_sync(self._look_again, before, False)
+        for client, met, files in looks:
+            self._update(client, met, files)
+
+    async def strangers(self) -> None:
+        """Look at every process that is not known, and put on the roster who maps a region."""
+        async with self._surveying:
+            known = {client.pid for client in self}
+            self._meet(await trio.to_thread.run_sync(lambda: self._census.full(known=known)))
+
+    def _meet(self, found: Iterable[Found]) -> list[Client]:
+        new: list[Client] = []
+        for one in found:
+            regions = self._regions(one.files)
+            if regions:
+                known = self.added
+                try:
+                    client = self.add(one.pid, regions)
+                except (Gone, PermissionError):
+                    continue
+                client.files, client.looked = one.files, client.met
+                if self.added != known:
+                    new.append(client)
+        return new
 
     def _look(
         self, full: bool, private: bool, before: list[tuple[Client, int]]
@@ -205,6 +224,15 @@ class Roster:
             return self._census.fresh(private=private), []
         known = {client.pid for client, _ in before}
         found = self._census.full(private=private, known=known)
+        looks = self._look_again(before, private)
+        for client, _, files in looks:
+            if files is None and (other := self._census.at(client.pid, private=private)):
+                found.append(other)  # another program
+        return found, looks
+
+    def _look_again(
+        self, before: list[tuple[Client, int]], private: bool
+    ) -> list[tuple[Client, int, _Files | None]]:
         looks: list[tuple[Client, int, _Files | None]] = []
         for client, met in before:
             try:
@@ -213,11 +241,9 @@ class Roster:
                     files = client.space.files(self._device, private=True)
             except Gone:
                 looks.append((client, met, None))
-                if other := self._census.at(client.pid, private=private):  # another program
-                    found.append(other)
             else:
                 looks.append((client, met, files))
-        return found, looks
+        return looks
 
     def _update(self, client: Client, met: int, files: _Files | None) -> None:
         """Take down what was seen of a client, unless a gate has met it since."""

@@ -23,6 +23,7 @@ from msharefs.clients.arch import Number
 from msharefs.clients.borrow import borrow, waits_for_child
 from msharefs.clients.faults import Span
 from msharefs.clients.gone import Gone
+from msharefs.clients.many import protect_many
 from msharefs.clients.replica import Comparison, Step
 from msharefs.clients.space import AddressSpace
 from msharefs.clients.userfault import Outcome, UserfaultUnavailable, make
@@ -148,49 +149,43 @@ class Batch:
                 self._uncatchable.add(client)
             else:
                 self._enforcer.serve(client, self._enforcer.faults.add(client, outcome, client.pid))
-        async with trio.open_nursery() as nursery:
-            for client in self.windows:
-                if client not in self._uncatchable:
-                    nursery.start_soon(self._catch_one, client, failures)
+        todo = {
+            client: spans
+            for client, windows in self.windows.items()
+            if client not in self._uncatchable and (spans := self._to_catch(client, windows))
+        }
+        for client, outcome in (await self._bring(todo)).items():
+            if isinstance(outcome, Exception):
+                failures[client] = outcome
+            elif outcome is Outcome.SERVED:
+                self._note_armed(client.regions[self._file.ino])
+                zap = [span for span in todo[client] if span.caught & Caught.ACCESSES]
+                self._zap[client] = zap
+            else:
+                # Gone may be only who it was taken for: of children forked together one may have
+                # ended.
+                self._uncatchable.add(client)
         return failures
 
-    async def _catch_one(self, client: Client, failures: dict[Client, Exception]) -> None:
-        served, attached = client.served, client.regions[self._file.ino]
-        if served is None:  # its end was noticed meanwhile; if it was not its own, see below
-            self._uncatchable.add(client)
-            return
-        if self._rearm or not attached.armed:
+    def _to_catch(self, client: Client, windows: list[MappedRange]) -> list[Span]:
+        if self._rearm or not client.regions[self._file.ino].armed:
             wanted = [demand for demand in self._layout.served if demand.caught]
         else:
             wanted = newly(self._before, self._layout.served)
-        spans = _spans(self.windows[client], wanted, self._file.ino)
-        if not spans:
-            return
-        try:
-            outcome = await self._bring(client, served, spans)
-        except OSError as error:
-            failures[client] = error
-            return
-        if outcome is Outcome.SERVED:
-            self._note_armed(attached)
-            self._zap[client] = [span for span in spans if span.caught & Caught.ACCESSES]
-        elif outcome in {Outcome.REFUSED, Outcome.GONE}:
-            # Gone may be only who it was taken for: of children forked together one may have ended.
-            self._uncatchable.add(client)
+        return _spans(windows, wanted, self._file.ino)
 
     async def lift(self) -> None:
         """Catch no more what is no longer to be caught."""
         gone = no_longer(self._before, self._layout.served)
         if not gone:
             return
-        async with trio.open_nursery() as nursery:
-            for client, windows in self.windows.items():
-                attached = client.regions.get(self._file.ino)
-                if attached is None or not attached.armed:
-                    continue
-                spans = _spans(windows, gone, self._file.ino)
-                nursery.start_soon(self._lift_one, client, spans)
+        todo: dict[Client, list[Span]] = {}
+        for client, windows in self.windows.items():
+            attached = client.regions.get(self._file.ino)
+            if attached is not None and attached.armed:
+                todo[client] = _spans(windows, gone, self._file.ino)
                 self._note_armed(attached)
+        await self._bring(todo)
 
     def _note_armed(self, attached: Attachment) -> None:
         served = self._layout.served
@@ -199,21 +194,32 @@ class Batch:
         outside += [(max(a, end), b) for a, b in attached.armed if b > end]
         attached.armed = sorted([*outside, *((d.start, d.end) for d in served if d.caught)])
 
-    async def _lift_one(self, client: Client, spans: list[Span]) -> None:
-        served = client.served
-        if served is not None:
-            await self._bring(client, served, spans)
-
-    async def _bring(self, client: Client, served: Served, spans: list[Span]) -> Outcome:
+    async def _bring(self, todo: dict[Client, list[Span]]) -> dict[Client, Outcome | Exception]:
         """Have spans caught, without a moment in which one is caught by nobody and open to all."""
         faults = self._enforcer.faults
-        moving = faults.moving(served, spans)
-        if not moving:
-            return await faults.bring(served, spans)
+        outcomes: dict[Client, Outcome | Exception] = {}
+        plain: list[tuple[Client, Served]] = []
+        for client, spans in todo.items():
+            served = client.served
+            if served is None:  # it has just ended
+                outcomes[client] = Outcome.GONE
+            elif moving := faults.moving(served, spans):
+                outcomes[client] = await self._bring_shut(client, served, spans, moving)
+            else:
+                plain.append((client, served))
+        brought = await faults.bring_many([(served, todo[client]) for client, served in plain])
+        outcomes.update(zip((client for client, _ in plain), brought, strict=True))
+        return outcomes
+
+    async def _bring_shut(
+        self, client: Client, served: Served, spans: list[Span], moving: Sequence[Span]
+    ) -> Outcome | Exception:
         windows = self.windows[client]
         await self._sessions({client: _protecting(_gated(windows, moving, shut=True), ())})
         try:
-            return await faults.bring(served, spans)
+            return await self._enforcer.faults.bring(served, spans)
+        except OSError as error:
+            return error
         finally:
             with trio.CancelScope(shield=True):
                 steps = _gated(windows, moving, shut=False)
@@ -225,6 +231,7 @@ class Batch:
         """Make each client's mappings what they are to be."""
         comparisons: dict[tuple[bool, int], Comparison] = {}
         bodies: dict[Client, Body[None]] = {}
+        plain_steps: dict[Client, list[Step]] = {}
         for client, windows in self.windows.items():
             plain, within = client in self._uncatchable, self._most(client, windows)
             comparison = comparisons.get((plain, within))
@@ -234,14 +241,29 @@ class Batch:
                 comparisons[plain, within] = comparison
             steps = comparison.steps(windows)
             zap = self._zap.get(client, [])
-            if steps or zap:
+            if zap or (steps and (client in self.run_by or client.sharers)):
                 bodies[client] = _protecting(steps, zap)
+            elif steps:
+                plain_steps[client] = steps
         outcomes = await self._sessions(bodies)
+        outcomes.update(await self._protect(plain_steps))
         failures = {c: e for c, e in outcomes.items() if isinstance(e, Exception)}
         for client in [c for c, error in failures.items() if isinstance(error, Gone)]:
             del failures[client]
             self._enforcer.roster.forget(client)
         return failures
+
+    async def _protect(self, steps: dict[Client, list[Step]]) -> dict[Client, Exception | None]:
+        clients = list(steps)
+        results = await protect_many(
+            self._enforcer.tracer,
+            [client.pid for client in clients],
+            list(steps.values()),
+            LIMIT,
+            spaces=[client.space for client in clients],
+            guard=self._enforcer.guard,
+        )
+        return dict(zip(clients, results, strict=True))
 
     def _most(self, client: Client, windows: list[MappedRange]) -> int:
         """The rights that the client's mappings may have at all: those that it asked for.
@@ -260,18 +282,21 @@ class Batch:
             run = self.run_by.get(client)
             if run is not None:
                 try:
-                    outcomes[client] = await run(self._enforcer.guard(body))
+                    outcomes[client] = await run(self._guarded(body))
                 except Exception as error:  # noqa: BLE001 - judged by the caller
                     outcomes[client] = error
             else:
                 borrowed.append(client)
-        guard = self._enforcer.guard
-        sessions = [_session(client, guard(bodies[client])) for client in borrowed]
+        sessions = [_session(client, self._guarded(bodies[client])) for client in borrowed]
         results = await self._enforcer.tracer.run(sessions)
         for client, result in zip(borrowed, results, strict=True):
             client.borrowed = client.borrowed or not isinstance(result, Exception)
         outcomes.update(zip(borrowed, results, strict=True))
         return outcomes
+
+    def _guarded(self, body: Body[Any]) -> Body[Any]:
+        guard = self._enforcer.guard
+        return body if guard is None else guard(body)
 
     def _must_wait(self, client: Client) -> bool:
         """Whether the one thread of this client is the one that waits for us."""

@@ -90,7 +90,7 @@ class Enforcer:
         huge: bool,
         tell: Callable[[RegionFile, Event], object],
         state: Callable[[RegionFile], RegionState],
-        guard: Callable[[Body[Any]], Body[Any]] = lambda body: body,
+        guard: Callable[[Body[Any]], Body[Any]] | None = None,
     ) -> None:
         """``guard`` wraps what borrowed threads do, for a gate that has to be told of it."""
         self.device: Final = device
@@ -219,7 +219,12 @@ class Enforcer:
         ``caller`` is the thread that waits for it.
         """
         mark = self.census.last_pid()
-        clients = await self.gather(file)
+        contested = bool(file.region.contested(change))
+        if contested:  # then it matters who maps the region before anything is done
+            await self.gather(file)
+        else:
+            await self.roster.refresh(self.roster.of_region(file.ino))
+        clients = self.roster.of_region(file.ino)
         caller_pid = identify(caller).pid if caller else 0
         self._remember_holder(file, caller_pid, mark)
         region, ranges = file.region, change.ranges
@@ -228,7 +233,7 @@ class Enforcer:
             start, end = ranges[0].start, ranges[-1].end
         old = layout_of(region, state, start, end)
         new = layout_of(region, state, start, end, ranges, after)
-        return Move(self, file, old, new, clients, Caller(caller, caller_pid))
+        return Move(self, file, old, new, clients, Caller(caller, caller_pid), surveyed=contested)
 
     async def rewatch(self, file: RegionFile, start: int, end: int, *, tid: int) -> None:
         """The watches of ``[start, end)`` are others now: catch there by them, every page anew.

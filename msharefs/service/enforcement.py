@@ -71,7 +71,7 @@ class Enforcement:
             huge=options.huge not in {None, "never"},
             tell=changes.tell,
             state=changes.state,
-            guard=_announced(lsm) if lsm is not None else _as_it_is,
+            guard=_announced(lsm) if lsm is not None else None,
         )
         host.enforcer = self.enforcer
         self.gatekeeper: Gatekeeper | None = None
@@ -103,10 +103,6 @@ class Enforcement:
         self.roster.close()
         self.faults.close()
         self.census.close()
-
-
-def _as_it_is(body: Body[Any]) -> Body[Any]:
-    return body
 
 
 def _announced(lsm: LsmGate) -> Callable[[Body[Any]], Body[Any]]:

@@ -40,7 +40,9 @@ class Move:
         *,
         between: Layout | None = None,
         rearm: bool = False,
+        surveyed: bool = True,
     ) -> None:
+        """``surveyed``: everybody was looked for; else only ``clients`` were looked at."""
         self._enforcer = enforcer
         self._file = file
         self._old, self._new = old, new
@@ -49,8 +51,9 @@ class Move:
         self.clients = clients
         self._caller = caller
         self._late: dict[Client, None] = {}
-        self._surveyed = True
-        """What a full survey has just seen of the clients is still true."""
+        self._surveyed = surveyed
+        self._seen = True
+        """What has just been seen of the clients is still true."""
 
     async def narrow(self) -> None:
         """Take away what the new layout does not give; catch what it wants to be caught."""
@@ -89,13 +92,22 @@ class Move:
     ) -> None:
         enforcer, file = self._enforcer, self._file
         todo, known = self.clients, True
-        while todo:
+        while todo or not self._surveyed:
             fresh = [client for client in todo if unknown(client, file.ino)]
             if fresh:  # nobody has brought these to what was the rule until now
                 await self._bring(fresh, layout_of(file.region, enforcer.state(file)))
-            seen = self._surveyed and not fresh
-            self._surveyed = False
-            await self._bring(todo, layout, before if known else (), rearm=rearm, seen=seen)
+            seen, self._seen = self._seen and not fresh, False
+            failure: Exception | None = None
+            async with trio.open_nursery() as nursery:
+                if not self._surveyed:
+                    self._surveyed = True
+                    nursery.start_soon(enforcer.roster.strangers)
+                try:
+                    await self._bring(todo, layout, before if known else (), rearm=rearm, seen=seen)
+                except Exception as error:  # noqa: BLE001 - raised below, as it is
+                    failure = error
+            if failure is not None:
+                raise failure
             todo, known = await enforcer.newcomers(file, self.clients), False
             self.clients += todo
 
