@@ -115,6 +115,8 @@ class Client:
     """A thread of it was borrowed before: it had no seccomp filter then."""
     on_close: list[Callable[[], None]] = attrs.field(factory=list)
     """What else is held for it and let go with it."""
+    closed: bool = False
+    """It was forgotten: nothing is to be held for it any more."""
     lock: trio.Semaphore = attrs.field(factory=lambda: trio.Semaphore(1, max_value=1))
     """Held by whoever changes this client, so that what is seen of it stays true meanwhile.
     (A semaphore, since one task may take it and another, which sees the work through, let it go.)"""
@@ -129,6 +131,7 @@ class Client:
         return sum(attached.faults for attached in self.regions.values())
 
     def close(self) -> None:
+        self.closed = True
         while self.on_close:
             self.on_close.pop()()
         self.space.close()

@@ -158,7 +158,8 @@ class Batch:
             if isinstance(outcome, Exception):
                 failures[client] = outcome
             elif outcome is Outcome.SERVED:
-                self._note_armed(client.regions[self._file.ino])
+                if attached := client.regions.get(self._file.ino):
+                    self._note_armed(attached)
                 zap = [span for span in todo[client] if span.caught & Caught.ACCESSES]
                 self._zap[client] = zap
             else:
@@ -168,7 +169,10 @@ class Batch:
         return failures
 
     def _to_catch(self, client: Client, windows: list[MappedRange]) -> list[Span]:
-        if self._rearm or not client.regions[self._file.ino].armed:
+        attached = client.regions.get(self._file.ino)
+        if attached is None:  # it has just ended, or unmapped the region
+            return []
+        if self._rearm or not attached.armed:
             wanted = [demand for demand in self._layout.served if demand.caught]
         else:
             wanted = newly(self._before, self._layout.served)

@@ -270,6 +270,9 @@ class Enforcer:
 
     def serve(self, client: Client, served: Served) -> None:
         """``served`` are the client's userfaultfds, to be let go with it."""
+        if client.closed:  # it ended while they were made
+            self.faults.drop(served)
+            return
         served.client, served.adopted = client, True
         client.served = served
         client.on_close.append(partial(self.faults.drop, served))
