@@ -24,6 +24,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ PAGE = 4096
 PATIENCE = 60
 PROGRAMS = Path(__file__).parent / "programs"
 INCLUDE = Path(__file__).parents[2] / "msharefs" / "include"
+BLOCKED = str(Path(__file__).parents[1] / "clients" / "tracing" / "blocked.c")
 WARNINGS = ("-O1", "-Wall", "-Wextra", "-Werror")
 
 
@@ -50,6 +52,8 @@ BUILDS: dict[str, tuple[tuple[str, ...], Callable[[Path], list[str]]]] = {
     "c": (("client.c",), _c("client.c", "-pthread")),
     "c-static": (("client.c",), _c("client.c", "-pthread", "-static")),
     "c-raw": (("client.c", "raw.h"), _c("client.c", *_RAW)),
+    "blocked": ((BLOCKED,), _c(BLOCKED, "-pthread")),
+    "storm": (("storm.c",), _c("storm.c", "-pthread")),
     "go": (("client.go",), lambda out: ["go", "build", "-o", f"{out}/a.out", "client.go"]),
     "java": (("Client.java",), lambda out: ["javac", "-d", str(out), "Client.java"]),
 }
@@ -73,8 +77,7 @@ def build(name: str, place: Path) -> Path:
     kept = Path(sys.prefix) / "clients" / f"{name}-{digest.hexdigest()[:16]}"
     if kept.exists():
         return kept
-    new = place / f"{name}.new"
-    new.mkdir()
+    new = Path(tempfile.mkdtemp(dir=place))
     environment = {**os.environ, "GOCACHE": str(place / "go")}
     subprocess.run(command(new), cwd=PROGRAMS, check=True, env=environment)
     if sys.prefix == sys.base_prefix:

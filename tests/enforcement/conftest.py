@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import pytest
 
 from msharefs.client import Region
 from tests.conftest import GATE, serving
-from tests.enforcement.clients import PAGE, Client, build, command_of, tracers, until
+from tests.enforcement.clients import PAGE, PATIENCE, Client, build, command_of, tracers, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,6 +43,17 @@ class Share:
             os.listdir(self.served.path)
             seen.append(self.served.descriptors())
         return seen[-1]
+
+    def let_go(self) -> None:
+        """Until the server holds no more than when it had nothing to hold."""
+        deadline = time.monotonic() + PATIENCE
+        while self.served.descriptors() > self.descriptors:
+            if time.monotonic() > deadline:
+                place = Path(f"/proc/{self.served.process.pid}/fd")
+                links = sorted(str(path.readlink()) for path in place.iterdir())
+                raise AssertionError(f"{len(links)} not {self.descriptors}: {links}")
+            os.listdir(self.served.path)  # each request may bring a FORGET before it
+            time.sleep(0.01)
 
     @property
     def tells(self) -> bool:
@@ -161,7 +173,7 @@ def share_with(mounts, tmp_path, built, gate) -> Iterator[Callable[..., Share]]:
             share.close()
     for share in shares:
         assert "Traceback" not in share.served.log.read_text(), share.served.log.read_text()
-        share.served.until_descriptors(share.descriptors)
+        share.let_go()
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@
  *   blocked MODE [NUMBER]
  *
  * A mode prints "ready", waits, and prints "r=RESULT errno=E ms=MILLISECONDS". What ends the wait
- * is a line on standard input, which a helper process reads, or a time-out of NUMBER ms.
+ * is a line on standard input, which a helper process reads, or a time-out of NUMBER ms. With
+ * MAP_FIRST in the environment, that file is mapped before.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -496,9 +497,20 @@ static int parent(int fd, char **arguments) {
     }
 }
 
+/* With MAP_FIRST in the environment: four pages of that file are mapped before anything else. */
+static void map_first(void) {
+    const char *path = getenv("MAP_FIRST");
+    if (!path) return;
+    int fd = open(path, O_RDWR);
+    CHECK(fd >= 0);
+    CHECK(mmap(NULL, 4 * 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0) != MAP_FAILED);
+    close(fd);
+}
+
 int main(int count, char **arguments) {
     (void)count;
     const char *mode = arguments[1];
+    map_first();
     if (!strcmp(mode, "parent")) {
         arguments[1] = arguments[0];
         return parent(atoi(getenv("REPORT_FD")), arguments + 1);
