@@ -35,6 +35,8 @@ COMMANDS: Final = {
         ("protect", "protect"),
         ("query", "query"),
         ("clients", "clients"),
+        ("stat", "stat"),
+        ("report", "report"),
         ("watch", "watch"),
         ("notify", "notify"),
         ("decide", "decide"),

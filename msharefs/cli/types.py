@@ -35,6 +35,10 @@ def mode(text: str) -> int:
     return _converted(parse_mode, text)
 
 
+def counts(text: str) -> list[int]:
+    return _converted(parse_counts, text)
+
+
 _T = TypeVar("_T")
 
 
@@ -50,6 +54,14 @@ def parse_mode(text: str) -> int:
     if not text or set(text) - set("01234567") or int(text, 8) > 0o7777:
         raise ValueError(f"not a mode: {text!r} (write it in octal, as 600 or 0644)")
     return int(text, 8)
+
+
+def parse_counts(text: str) -> list[int]:
+    """Positive numbers in ascending order, each once, of ``100,1``. Raises ValueError."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdecimal() and int(word) for word in words):
+        raise ValueError(f"not a list of numbers: {text!r} (write it as 1,10,100)")
+    return sorted({int(word) for word in words})
 
 
 # Arguments that several commands have.
