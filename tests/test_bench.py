@@ -134,9 +134,15 @@ def test_enforcement_has_every_figure(environment):
 
 @needs_a_mount
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_half_way_it_takes_its_mounts_with_it(environment, tmp_path, number):
+@pytest.mark.parametrize(
+    "command",
+    [("bench", "--only", "calls"), ("bench-pagetables", "--size", "256M", "--clients", "30")],
+    ids=lambda command: command[0],
+)
+def test_stopped_half_way_it_takes_its_mounts_with_it(environment, tmp_path, command, number):
+    name, *arguments = command
     with subprocess.Popen(
-        [sys.executable, BENCH, "--only", "calls"],
+        [sys.executable, BENCH.with_name(name), *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -168,3 +174,49 @@ def test_what_cannot_be_measured_is_named(environment):
     done = bench(environment, "--only", "nothing")
     assert done.returncode == 2
     assert "'nothing' is not one of 'table', 'memory', 'calls'" in done.stderr
+
+
+def page_tables(environment, *arguments):
+    return subprocess.run(
+        [sys.executable, BENCH.with_name("bench-pagetables"), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@needs_a_mount
+def test_page_tables_against_the_number_of_clients(environment):
+    done = page_tables(environment, "--quick", "--json", "--clients", "1,4")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "no progress bar but on a terminal"
+    result = json.loads(done.stdout)
+    assert result["size"] == 64 << 20
+    assert result["skipped"] == {}
+    rows = result["rows"]
+    assert [(row["pages"], row["clients"]) for row in rows] == [
+        (pages, clients) for pages in ("small", "huge") for clients in (1, 4)
+    ]
+    for row in rows:
+        assert row["present"] == row["clients"] * result["size"]
+        assert row["vmpte"] >= row["derived"]
+        assert row["shared"] == rows[0]["shared"] > 0
+        if row["pages"] == "small":
+            # A table for each 2 MiB, of which the kernel counts each; those above may be shared.
+            assert 32 * 4096 <= row["grown"] / row["clients"] <= row["derived"] / row["clients"]
+
+
+@needs_a_mount
+def test_the_table_of_page_tables_says_what_it_holds_for(environment):
+    done = page_tables(environment, "--size", "8M", "--clients", "2")
+    assert done.returncode == 0, done.stderr
+    for words in ("Linux", "region of 8M", "4 KiB pages", "huge=always", "VmPTE"):
+        assert words in done.stdout
+
+
+@needs_a_mount
+def test_steps_that_do_not_fit_are_named(environment):
+    done = page_tables(environment, "--size", "8M", "--clients", "1,1000000000")
+    assert done.returncode == 0, done.stderr
+    assert "left out: 1,000,000,000 clients need more memory than is free" in done.stdout

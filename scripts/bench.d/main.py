@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import signal
 import sys
 import tempfile
@@ -19,7 +17,7 @@ import enforce
 import memory
 import postgresql
 import table
-from mounts import BenchError, check_possible
+from mounts import BenchError, check_possible, machine
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -95,19 +93,6 @@ def main(*, only: str | None, quick: bool, as_json: bool) -> None:
         # Into a file or a pipe a table is as wide as it needs to be.
         width = None if sys.stdout.isatty() else 120
         _show(Console(width=width), measured, skipped, quick=quick)
-
-
-def machine() -> dict[str, Any]:
-    """What the figures hold for."""
-    info = Path("/proc/cpuinfo").read_text()
-    models = [line.split(":", 1)[1].strip() for line in info.splitlines() if "model name" in line]
-    return {
-        "cpu": models[0] if models else platform.machine(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "load": round(os.getloadavg()[0], 2),
-    }
 
 
 def _measure(parts: list[str], *, quick: bool) -> dict[str, Any]:
