@@ -184,6 +184,10 @@ class Place:
         assert len(found) < 2, text
         return found.pop() if found else None
 
+    def standing_clients(self):
+        """All lines of the clients file."""
+        return (self.served.path / ".control" / self.path.name / "clients").read_text()
+
     def state(self, pid):
         found = self.standing(pid)
         return found and found[0]
