@@ -70,6 +70,30 @@ class Attachment:
                 kept.append((max(low, end), high, old))
         self.declared = sorted([*kept, (start, end, prot)])
 
+    def parts(
+        self, windows: Iterable[MappedRange], otherwise: Callable[[MappedRange], Prot]
+    ) -> dict[Prot, list[MappedRange]]:
+        """``windows`` by what each may do at most, cut where that changes.
+
+        Where nothing was declared ``otherwise`` says, and that counts as declared from then on.
+        """
+        found: dict[Prot, list[MappedRange]] = {}
+        new: list[tuple[int, int, Prot]] = []
+        for window in windows:
+            at = window.start
+            for low, high, prot in [*self.declared, (window.end, window.end, PROTS[0])]:
+                start, end = max(low, at), min(high, window.end)
+                if at < min(low, window.end):
+                    rights = otherwise(window)
+                    new.append((at, min(low, window.end), rights))
+                    found.setdefault(rights, []).append(_cut(window, *new[-1][:2]))
+                if start < end:
+                    found.setdefault(prot, []).append(_cut(window, start, end))
+                at = max(at, end)
+        for low, high, prot in new:
+            self.declare(low, high, prot)
+        return found
+
     def rights(
         self, windows: Iterable[MappedRange], otherwise: Callable[[MappedRange], Prot]
     ) -> Prot:
@@ -92,6 +116,14 @@ class Attachment:
                 rights &= int(otherwise(window))
         self.declared = sorted(live)
         return PROTS[rights]
+
+
+def _cut(window: MappedRange, start: int, end: int) -> MappedRange:
+    """The part of ``window`` at these addresses."""
+    if (start, end) == (window.start, window.end):
+        return window
+    offset = window.offset + start - window.start
+    return attrs.evolve(window, start=start, end=end, offset=offset)
 
 
 @attrs.define(eq=False)

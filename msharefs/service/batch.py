@@ -24,7 +24,7 @@ from msharefs.clients.borrow import borrow, waits_for_child
 from msharefs.clients.faults import Span
 from msharefs.clients.gone import Gone
 from msharefs.clients.many import protect_many
-from msharefs.clients.replica import Comparison, Step
+from msharefs.clients.replica import Comparison, Step, is_replica
 from msharefs.clients.space import AddressSpace
 from msharefs.clients.userfault import Outcome, UserfaultUnavailable, make
 from msharefs.region.demand import Caught, Demand
@@ -51,6 +51,7 @@ LIMIT: Final = 1.0
 
 MADV_DONTNEED: Final = 4
 
+DECLARED_TOO_MANY: Final = 64
 _OPEN: Final = int(Prot.READ | Prot.WRITE)
 
 
@@ -236,14 +237,22 @@ class Batch:
         comparisons: dict[tuple[bool, int], Comparison] = {}
         bodies: dict[Client, Body[None]] = {}
         plain_steps: dict[Client, list[Step]] = {}
-        for client, windows in self.windows.items():
-            plain, within = client in self._uncatchable, self._most(client, windows)
-            comparison = comparisons.get((plain, within))
-            if comparison is None:
-                wanted = self._layout.plain if plain else self._layout.served
-                comparison = Comparison(wanted, within=PROTS[within])
-                comparisons[plain, within] = comparison
-            steps = comparison.steps(windows)
+        for client in list(self.windows):
+            plain, steps = client in self._uncatchable, []
+            try:
+                parts = self._parts(client)
+            except Gone:
+                self._enforcer.roster.forget(client)
+                continue
+            for within, windows in parts.items():
+                comparison = comparisons.get((plain, int(within)))
+                if comparison is None:
+                    wanted = self._layout.plain if plain else self._layout.served
+                    comparison = Comparison(wanted, within=within)
+                    comparisons[plain, int(within)] = comparison
+                steps += comparison.steps(windows)
+            if len(parts) > 1:
+                steps.sort(key=lambda step: step.address)
             zap = self._zap.get(client, [])
             if zap or (steps and (client in self.run_by or client.sharers)):
                 bodies[client] = _protecting(steps, zap)
@@ -269,15 +278,25 @@ class Batch:
         )
         return dict(zip(clients, results, strict=True))
 
-    def _most(self, client: Client, windows: list[MappedRange]) -> int:
-        """The rights that the client's mappings may have at all: those that it asked for.
+    def _parts(self, client: Client) -> dict[Prot, list[MappedRange]]:
+        """The client's mappings, by the rights that they may have at all: those asked for.
 
-        Where the superset rule holds it asked for all that there are.
+        Where the superset rule holds all of them asked for all that there are. Raises Gone.
         """
+        windows = self.windows[client]
         if self._file.region.semantics.superset:
-            return int(PROT_ALL)
+            return {PROT_ALL: windows}
         attached = client.regions[self._file.ino]
-        return int(attached.rights(windows, has_now))
+        if len(attached.declared) > 2 * len(windows) + DECLARED_TOO_MANY:
+            attached.rights(windows, has_now)  # forgets those of mappings that have gone
+
+        def asked_for(window: MappedRange) -> Prot:
+            """No gate saw it: what it has, or what a fork of one that obeys already may have."""
+            if not is_replica([window], self._layout.plain):
+                return window.prot
+            return PROTS[int(window.prot) | int(client.space.may(window)) & _OPEN]
+
+        return attached.parts(windows, asked_for)
 
     async def _sessions(self, bodies: dict[Client, Body[Any]]) -> dict[Client, Any]:
         outcomes: dict[Client, Any] = {}

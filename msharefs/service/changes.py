@@ -254,6 +254,10 @@ class Changes:
 
     async def _resize_locked(self, file: RegionFile, size: int, actor: Actor, via: str) -> None:
         resize, was_sized = file.region.plan_resize(size), file.region.sized
+        if self.enforcer is not None and self._shrinks_for_others(self.enforcer, file, resize):
+            await self._shrink(self.enforcer, file, resize, actor.tid)
+            self._resized(file, resize, actor, via)
+            return
         self._apply_resize(file, resize)
         try:
             if resize.change.removed and file.backing.holds_data(size, resize.old_size):
@@ -266,6 +270,48 @@ class Changes:
             self.store.reserve(-_reserved_delta(file, resize.change))
             raise
         self._resized(file, resize, actor, via)
+
+    def _shrinks_for_others(self, enforcer: Enforcer, file: RegionFile, resize: Resize) -> bool:
+        """Whether a mapping may have to be changed: what it may do past the end is another thing.
+
+        Growing needs nothing: past the end a mapping may do what it may do in what grows there.
+        """
+        if resize.new_size >= resize.old_size:
+            return False
+        state, region = self.state(file), file.region
+        bare = region.plain and not state.watches and not state.by_fault
+        if bare and region.semantics.grown & ~region.semantics.beyond == 0:
+            return False
+        return bool(resize.change.ranges) and not enforcer.idle(file)
+
+    async def _shrink(self, enforcer: Enforcer, file: RegionFile, resize: Resize, tid: int) -> None:
+        """Shrink a region in every process that maps it as well."""
+        state, was_sized = self.state(file), file.region.sized
+        after = enforcer.after(file, state, resize.change)
+        limit = page_up(resize.new_size)
+        move = await enforcer.begin_shrinking(file, state, limit, after, caller=tid)
+        before = state.by_fault, state.watches
+        begun = False
+        self._tell_changed(file, resize.change)
+        try:
+            await move.narrow()
+            self._apply_resize(file, resize)
+            begun = True
+            state.by_fault, state.watches = after.by_fault, after.watches
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(file.backing.resize, resize.new_size)
+                await move.widen()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                if begun:
+                    file.region.apply(resize.change.inverse())
+                    file.region.size, file.region.sized = resize.old_size, was_sized
+                    self.store.reserve(-_reserved_delta(file, resize.change))
+                    state.by_fault, state.watches = before
+                await move.undo()
+            raise
+        self._tell_changed(file, resize.change)
+        await move.leave()
 
     def _apply_resize(self, file: RegionFile, resize: Resize) -> None:
         self.store.reserve(_reserved_delta(file, resize.change))

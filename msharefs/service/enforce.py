@@ -235,6 +235,16 @@ class Enforcer:
         new = layout_of(region, state, start, end, ranges, after)
         return Move(self, file, old, new, clients, Caller(caller, caller_pid), surveyed=contested)
 
+    async def begin_shrinking(
+        self, file: RegionFile, state: RegionState, limit: int, after: After, *, caller: int = 0
+    ) -> Move:
+        """As :meth:`begin`, for a region whose last page will end at ``limit``."""
+        clients = await self.gather(file)
+        old = layout_of(file.region, state)
+        new = layout_of(file.region, state, after=after, limit=limit)
+        waiting = Caller(caller, identify(caller).pid if caller else 0)
+        return Move(self, file, old, new, clients, waiting)
+
     async def rewatch(self, file: RegionFile, start: int, end: int, *, tid: int) -> None:
         """The watches of ``[start, end)`` are others now: catch there by them, every page anew.
 

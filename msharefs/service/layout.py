@@ -47,12 +47,16 @@ def layout_of(
     end: int = END,
     ranges: Sequence[RangeChange] = (),
     after: After | None = None,
+    *,
+    limit: int | None = None,
 ) -> Layout:
     """The layout of ``[start, end)``, as it will be once the planned ``ranges`` are applied.
 
+    With ``limit`` the region ends there, as it will when it has shrunk.
     What lies past the region's end is what ``Semantics.beyond`` says.
     """
-    limit = max(region.limit, ranges[-1].end if ranges else 0)
+    if limit is None:
+        limit = max(region.limit, ranges[-1].end if ranges else 0)
     pieces = cover(region.table, start, min(end, limit))
     if ranges:
         pieces = changed(pieces, ranges)

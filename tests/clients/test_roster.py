@@ -423,3 +423,30 @@ def test_a_new_mapping_over_an_old_one_is_what_counts():
     assert attached.rights([window(10, 15), window(20, 30)], unknown) == 3
     declare(attached, (10, 30, 5))
     assert attached.rights([window(10, 30)], unknown) == 5
+
+
+def test_parts_go_by_what_each_was_made_for():
+    def window(start, end, prot=3, offset=0):
+        return MappedRange(1, start, end, Prot(prot), True, offset, 16)
+
+    attached = Attachment(16)
+    attached.declare(10, 20, Prot(1))
+    attached.declare(30, 40, Prot(3))
+    asked = []
+
+    def otherwise(mapped):
+        asked.append((mapped.start, mapped.end))
+        return mapped.prot
+
+    parts = attached.parts([window(5, 25, 7, 100), window(30, 35), window(50, 60, 1)], otherwise)
+    assert {int(prot): [(w.start, w.end, w.offset) for w in ws] for prot, ws in parts.items()} == {
+        1: [(10, 20, 105), (50, 60, 0)],
+        3: [(30, 35, 0)],
+        7: [(5, 10, 100), (20, 25, 115)],
+    }
+    assert asked == [(5, 25), (5, 25), (50, 60)]
+    # What was asked for is known from now on, however the mappings have been changed since.
+    narrowed = [window(5, 25, 0), window(50, 60, 0)]
+    parts = attached.parts(narrowed, otherwise)
+    assert {int(prot) for prot in parts} == {1, 7}
+    assert len(asked) == 3
