@@ -169,7 +169,7 @@ def test_killed_while_it_is_watched_and_the_rest_go_on(calm, clients):
 @pytest.mark.parametrize("watched", [False, True])
 def test_ten_thousand_come_and_go_and_leave_nothing(place, storm, watched):
     """As many with watched ranges would take a minute; a descriptor each would show all the same."""
-    at = place()
+    at = place("events=256")  # so that what is remembered of them is full from the beginning
     if watched:
         at.region.notify(0, PAGE)
     came = CAME // 5 if watched else CAME
