@@ -537,6 +537,8 @@ class Enforcer:
         failures |= await batch.step()
         if client in failures:
             raise failures[client]
-        attached = client.regions[file.ino]
+        attached = client.regions.get(file.ino)
+        if attached is None:  # it has ended meanwhile
+            raise Gone(f"process {client.pid}")
         attached.state = State.FAULT if attached.armed else State.REPLICA
         attached.why = ""

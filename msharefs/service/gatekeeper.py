@@ -151,6 +151,7 @@ class Gatekeeper:
                 address = await held.allow()
             finally:
                 attached.arriving = False
+                client.met += 1  # who looked before the mapping was made has seen nothing
             if -MAX_ERRNO <= address < 0:
                 if not attached.declared:
                     roster.detach(client, file.ino)
