@@ -223,7 +223,7 @@ class UserfaultUnavailable(Exception):
 
 @attrs.define(eq=False)
 class Userfault:
-    """Owns the descriptor ``fd``. ``user_mode_only``: accesses inside system calls get EFAULT.
+    """Owns the descriptor ``fd``, to its own end. ``user_mode_only``: accesses inside system calls get EFAULT.
 
     Ranges are page-aligned, in bytes, addresses are the client's.
     """
@@ -250,6 +250,10 @@ class Userfault:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def __del__(self) -> None:
+        """One whose client was killed before it could be handed on belongs to nobody."""
+        self.close()
 
     # -- never waiting
 
@@ -365,9 +369,10 @@ def _take(thread: Borrowed, theirs: int, *, user_mode_only: bool) -> Generator[A
         raise UserfaultUnavailable(f"userfaultfd: {os.strerror(-theirs)}")
     try:
         ours = duplicate_descriptor(thread.tid, theirs)
+        made = Userfault.negotiate(ours, user_mode_only=user_mode_only)
     finally:
         yield from thread.call(Number.CLOSE, theirs)
-    return Userfault.negotiate(ours, user_mode_only=user_mode_only)
+    return made
 
 
 def _by_device(thread: Borrowed, flags: int) -> Generator[Any, Any, int]:
