@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -165,3 +167,25 @@ def test_report_measures_the_live_clients_and_models_any_number(mount, tmp_path)
             run("report", path, "--plot", picture)
             assert "<svg" in picture.read_text()
             run("report", path, "--plot", tmp_path / "missing" / "curve.svg", status=3)
+
+
+def test_of_a_server_that_was_killed_nothing_is_known(mount):
+    path = mount.path / "pool"
+    make(path, 4 * MIB)
+    mount.expect_exit = -signal.SIGKILL
+    with clients(path, 4 * MIB, 4 * MIB):
+        mount.stop(signal.SIGKILL)
+        for command in ("stat", "report"):
+            assert "the server has ended" in run(command, path, status=3)
+    subprocess.run(["umount", "--lazy", mount.path], check=True)
+
+
+def test_a_client_that_ends_leaves_the_list(mount):
+    path = mount.path / "pool"
+    make(path, 4 * MIB)
+    with clients(path, 4 * MIB, 4 * MIB, 4 * MIB) as (first, second):
+        os.kill(first, signal.SIGKILL)
+        os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+        (row,) = json.loads(run("stat", path, "--json"))["clients"]
+        assert row["pid"] == second
+        assert json.loads(run("report", path, "--json"))["report"][0]["clients"] == 1
