@@ -102,6 +102,42 @@ class _Go:
 _GO: Final = _Go()
 
 
+class Pause:
+    """A followed thread that is stopped for a while, beside whoever follows it."""
+
+    def __init__(self, hands: Hands, tid: int, token: trio.lowlevel.TrioToken) -> None:
+        self._hands = hands
+        self._tid = tid
+        self._token = token
+        self._told: trio.MemorySendChannel[Any]
+        self._told, self._heard = trio.open_memory_channel[Any](64)
+
+    async def run(self, body: Body[T]) -> T:
+        """As :meth:`Held.run`."""
+        self._hands.tracer.answer(self._tid, _Run(body))
+        result: T = await self.hear()
+        return result
+
+    def release(self) -> None:
+        """Let it be followed on."""
+        self._hands.tracer.answer(self._tid, None)
+
+    async def hear(self) -> Any:
+        outcome = await self._heard.receive()
+        if outcome is _OVER:
+            raise Gone(f"thread {self._tid}")
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def tell(self, outcome: Any) -> None:
+        """From the tracing thread."""
+        try:
+            self._token.run_sync_soon(self._told.send_nowait, outcome)
+        except trio.RunFinishedError:
+            return
+
+
 class Held:
     """One thread. The methods are the loop's; each waits until the thread has come to it."""
 
@@ -113,7 +149,7 @@ class Held:
         self._token = trio.lowlevel.current_trio_token()
         self._told: trio.MemorySendChannel[Any]
         self._told, self._heard = trio.open_memory_channel[Any](64)
-        self._errands: deque[tuple[Body[Any], Callable[[Any], None]]] = deque()
+        self._pauses: deque[Pause] = deque()
         self._over = False
 
     async def placed(self) -> None:
@@ -157,30 +193,20 @@ class Held:
         """Let it go, if it is still stopped."""
         self._hands.tracer.answer(self.tid, None)
 
-    async def errand(self, body: Body[T]) -> T:
-        """As :meth:`run`, of a thread that is being followed: at the end of its next call.
+    async def pause(self) -> Pause:
+        """Stop a thread that is being followed, at the end of the call that it is in.
 
         Of one that waits in a request of ours, at the end of that: do not await this before it is
-        answered. Raises Gone too if it was let go before.
+        answered. It is followed on once the pause is over. Raises Gone if it was let go before.
         """
-        done = trio.Event()
-        outcome: list[Any] = []
-
-        def finished(result: Any) -> None:
-            outcome.append(result)
-            self._token.run_sync_soon(done.set)
-
-        errand = (body, finished)
-        self._errands.append(errand)
+        pause = Pause(self._hands, self.tid, self._token)
+        self._pauses.append(pause)
         if self._over:  # looked at last, so that it is either seen there or by us
             with suppress(ValueError):
-                self._errands.remove(errand)
+                self._pauses.remove(pause)
                 raise Gone(f"thread {self.tid}")
-        await done.wait()
-        if isinstance(outcome[0], Exception):
-            raise outcome[0]
-        result: T = outcome[0]
-        return result
+        await pause.hear()
+        return pause
 
     async def _hear(self) -> Any:
         outcome = await self._heard.receive()
@@ -200,8 +226,8 @@ class Held:
 
     def _end(self, outcome: Any) -> None:
         self._over = True
-        while self._errands:
-            self._errands.popleft()[1](Gone(f"thread {self.tid}"))
+        while self._pauses:
+            self._pauses.popleft().tell(_OVER)
         if isinstance(outcome, TimedOut):
             log.info("thread %d was let go late: the machine is busy, or it hangs", self.tid)
             outcome = None
@@ -220,20 +246,20 @@ class Held:
                 raise NotAdoptable("a 32-bit process")  # whose numbers mean other calls
             if self._limits is None:
                 self._tell(registers.result)
-                yield from self._obey(followed.tracee)
+                yield from self._obey(followed.tracee, self._tell)
             elif registers.result >= 0:
                 yield from self._follow(followed, registers.result, self._limits)
         except LetGo:
             return
         yield from followed.let_go()
 
-    def _obey(self, tracee: Tracee) -> Session[None]:
+    def _obey(self, tracee: Tracee, tell: Callable[[Any], None]) -> Session[None]:
         """Do what the loop says, with the thread stopped, until it is released."""
         while True:
             order = yield from _ask(tracee)
             if not isinstance(order, _Run):
                 return
-            yield from self._borrow(tracee, order.body, self._tell)
+            yield from self._borrow(tracee, order.body, tell)
 
     def _borrow(
         self, tracee: Tracee, body: Body[Any], tell: Callable[[Any], None]
@@ -262,9 +288,10 @@ class Held:
         followed.tracee.deadline = monotonic() + limits.seconds
         calls = 0
         while True:
-            while self._errands:
-                body, done = self._errands.popleft()
-                yield from self._borrow(followed.tracee, body, done)
+            while self._pauses:
+                pause = self._pauses.popleft()
+                pause.tell(None)
+                yield from self._obey(followed.tracee, pause.tell)
             if calls >= limits.calls or not descriptors:
                 return
             try:
@@ -277,7 +304,7 @@ class Held:
                     registers = yield from followed.exit()
                     _keep_track(number, arguments, registers.result, descriptors)
             except TimedOut:
-                if not self._errands:
+                if not self._pauses:
                     return
                 # Somebody waits for this thread: it is wanted at the end of the call that it is in.
                 followed.tracee.interrupt()
@@ -302,7 +329,7 @@ class Held:
         if verdict is not None:  # else the loop is not there any more: it goes on unsupervised
             registers = yield from followed.exit()
             self._tell(registers.result)
-            yield from self._obey(tracee)
+            yield from self._obey(tracee, self._tell)
         return True
 
     def _same(self, fd: int, link: str) -> bool:

@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar
 
 import trio
 
+from msharefs.clients.arch import settle
 from msharefs.clients.gone import Gone
 from msharefs.clients.ptrace import Stop, Tracee, poll, rescue, stop_of, stray
 
@@ -388,6 +389,12 @@ class Tracer:
             job = None
             if stop.exec:
                 job = self._waiting.pop(tracee.event_message(), None)
+            if stop.interrupt:
+                registers = tracee.registers()
+                before = registers.rax
+                settle(registers, lambda _address, _size: b"", tracee.ours)
+                if registers.rax != before:
+                    tracee.set_registers(registers)
             tracee.detach(stop.signal)
             if job is not None:
                 assert job.tracee is not None

@@ -32,6 +32,7 @@ from .wire import (
 )
 
 _SETS: Final = ("SigPnd", "ShdPnd", "SigBlk")
+_TRACER: Final = "TracerPid"
 
 if TYPE_CHECKING:
     from .handlers import Pending
@@ -154,8 +155,9 @@ class Answers:
         if task is None:
             return False
         scope, request = task
-        # A stop by a tracer (ours, while somebody's change is under way) looks like a signal. An
-        # ioctl ends soon by itself, and its caller is not to see that.
+        # A stop by a tracer looks like a signal. An ioctl ends soon by itself, and its caller is not
+        # to see that. But if the tracer is ours, somebody's change waits for that very thread, for
+        # which it waits in turn; the tracer has it make the call again.
         if not isinstance(request, IoctlRequest) or _is_signalled(request.pid):
             scope.cancel()
         return True
@@ -210,11 +212,18 @@ def _describe(request: Request) -> str:
 
 
 def _is_signalled(tid: int) -> bool:
-    """Whether a signal really waits for the thread. Source: proc_pid_status(5)."""
+    """Whether a signal really waits for the thread, or this process traces it.
+
+    Source: proc_pid_status(5).
+    """
     try:
         status = Path(f"/proc/{tid}/status").read_text(errors="replace")
     except OSError:
         return True  # it has gone
-    sets = dict(line.split(":\t", 1) for line in status.splitlines() if line.startswith(_SETS))
+    sets = dict(
+        line.split(":\t", 1) for line in status.splitlines() if line.startswith((_TRACER, *_SETS))
+    )
     pending, shared, blocked = (int(sets[name], 16) for name in _SETS)
-    return bool((pending | shared) & ~blocked)
+    tracer = int(sets[_TRACER])
+    ours = bool(tracer) and Path(f"/proc/self/task/{tracer}").exists()
+    return ours or bool((pending | shared) & ~blocked)

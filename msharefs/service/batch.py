@@ -15,7 +15,6 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-import attrs
 import trio
 
 from msharefs.abi import PROT_ALL, Prot
@@ -55,14 +54,6 @@ DECLARED_TOO_MANY: Final = 64
 _OPEN: Final = int(Prot.READ | Prot.WRITE)
 
 
-@attrs.frozen
-class Caller:
-    """The thread that waits for a change, and its process."""
-
-    tid: int
-    pid: int
-
-
 class Batch:
     """Clients that are brought to one layout, in three steps: catch, protect, lift."""
 
@@ -74,27 +65,27 @@ class Batch:
         before: Sequence[Demand],
         *,
         rearm: bool = False,
-        caller: Caller | None = None,
     ) -> None:
         self._enforcer = enforcer
         self._file = file
         self._layout = layout
         self._before = before
         self._rearm = rearm
-        self._caller = caller
         self.windows: dict[Client, list[MappedRange]] = {}
         self.run_by: dict[Client, Run] = {}
         """Whose thread is stopped already."""
         self.late: list[Client] = []
-        """Whose only thread waits for us: left out of everything."""
+        """Whose only thread waits for us: left out of everything, and owed it."""
         self._catches = any(demand.caught for demand in layout.served)
         self._uncatchable: set[Client] = set()
         self._zap: dict[Client, list[Span]] = {}
 
-    async def look(self, clients: Sequence[Client], *, seen: bool = False) -> None:
+    async def look(
+        self, clients: Sequence[Client], *, seen: bool = False, waiting: bool = True
+    ) -> None:
         """What each has mapped. Those that have gone, or map the region no more, are forgotten.
 
-        ``seen``: a full survey has just looked at all of them.
+        ``seen``: somebody has just looked at all of them. ``waiting``: they may wait for us.
         """
         device, inode = self._enforcer.device, self._file.ino
         roster = self._enforcer.roster
@@ -103,7 +94,7 @@ class Batch:
             for client in clients:
                 mapped = [m for m in client.files.get(inode, ()) if m.shared]
                 if mapped and client.looked == client.met:
-                    self._note(client, mapped)
+                    self._note(client, mapped, waiting=waiting)
                 else:
                     unseen.append(client)
             clients = unseen
@@ -123,13 +114,14 @@ class Batch:
                 if found is None:
                     roster.forget(client)
                 else:
-                    self._note(client, found)
+                    self._note(client, found, waiting=waiting)
         self._enforcer.claim(self.windows, inode)
 
-    def _note(self, client: Client, mapped: list[MappedRange]) -> None:
+    def _note(self, client: Client, mapped: list[MappedRange], *, waiting: bool) -> None:
         if not mapped:
             self._enforcer.roster.detach(client, self._file.ino)
-        elif self._must_wait(client):
+        elif waiting and (tid := self._enforcer.waiter(client)):
+            self._enforcer.owe(tid, self._file, client)
             self.late.append(client)
         else:
             self.windows[client] = mapped
@@ -321,13 +313,6 @@ class Batch:
         guard = self._enforcer.guard
         return body if guard is None else guard(body)
 
-    def _must_wait(self, client: Client) -> bool:
-        """Whether the one thread of this client is the one that waits for us."""
-        caller = self._caller
-        if caller is None or caller.pid not in (client.pid, *client.sharers):
-            return False
-        return _threads(caller.pid) == 1
-
 
 class all_locks:  # noqa: N801 - used like a function
     """The locks of many clients, in one order for everybody."""
@@ -434,7 +419,8 @@ def _spans(windows: Iterable[MappedRange], wanted: Sequence[Demand], region: int
     ]
 
 
-def _threads(pid: int) -> int:
+def thread_count(pid: int) -> int:
+    """How many threads a process has; 0 if it has gone."""
     try:
         return os.stat(f"/proc/{pid}/task").st_nlink - 2  # noqa: PTH116 - cheap, and often
     except OSError:

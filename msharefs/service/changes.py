@@ -160,7 +160,8 @@ class Changes:
             file.region.begin(change)
             try:
                 if self.enforcer is not None:
-                    await self._enforce(self.enforcer, file, state, change, event.actor.tid)
+                    with trio.CancelScope(shield=True):  # it ends soon, and is not to end half-way
+                        await self._enforce(self.enforcer, file, state, change, event.actor.pid)
                 else:
                     await self._check_mappings(file, change)
                     self._begin(file, change)
@@ -177,11 +178,11 @@ class Changes:
             raise
 
     async def _enforce(
-        self, enforcer: Enforcer, file: RegionFile, state: RegionState, change: Change, tid: int
+        self, enforcer: Enforcer, file: RegionFile, state: RegionState, change: Change, pid: int
     ) -> None:
         """Carry a change out in every process that maps the region as well."""
         after = enforcer.after(file, state, change)
-        move = await enforcer.begin(file, state, change, after, caller=tid)
+        move = await enforcer.begin(file, state, change, after, pid=pid)
         await enforcer.check_rights(file, move.clients, file.region.contested(change))
         begun = False
         before = state.by_fault, state.watches
@@ -201,7 +202,6 @@ class Changes:
                     state.by_fault, state.watches = before
                 await move.undo()
             raise
-        await move.leave()
         self._tell_changed(file, change)
 
     def _tell_changed(self, file: RegionFile, change: Change) -> None:
@@ -244,18 +244,30 @@ class Changes:
 
     async def resize(self, file: RegionFile, size: int, actor: Actor, via: str) -> None:
         """Set the region's size in bytes; what lies past the end is unmapped and freed."""
-        async with self.state(file).lock:
-            await self._resize_locked(file, size, actor, via)
+        await self._waited_for(actor, self._resize(file, lambda: size, actor, via))
 
     async def grow(self, file: RegionFile, size: int, actor: Actor, via: str) -> None:
         """As fallocate(2): at least ``size`` bytes, never fewer than before."""
+        wanted = self._resize(file, lambda: max(size, file.region.size), actor, via)
+        await self._waited_for(actor, wanted)
+
+    async def _waited_for(self, actor: Actor, outcome: Awaitable[None]) -> None:
+        if self.enforcer is None:
+            await outcome
+        else:
+            await self.enforcer.while_waiting(actor, outcome)
+
+    async def _resize(
+        self, file: RegionFile, size: Callable[[], int], actor: Actor, via: str
+    ) -> None:
         async with self.state(file).lock:
-            await self._resize_locked(file, max(size, file.region.size), actor, via)
+            with trio.CancelScope(shield=True):  # it ends soon, and is not to end half-way
+                await self._resize_locked(file, size(), actor, via)
 
     async def _resize_locked(self, file: RegionFile, size: int, actor: Actor, via: str) -> None:
         resize, was_sized = file.region.plan_resize(size), file.region.sized
         if self.enforcer is not None and self._shrinks_for_others(self.enforcer, file, resize):
-            await self._shrink(self.enforcer, file, resize, actor.tid)
+            await self._shrink(self.enforcer, file, resize)
             self._resized(file, resize, actor, via)
             return
         self._apply_resize(file, resize)
@@ -284,12 +296,12 @@ class Changes:
             return False
         return bool(resize.change.ranges) and not enforcer.idle(file)
 
-    async def _shrink(self, enforcer: Enforcer, file: RegionFile, resize: Resize, tid: int) -> None:
+    async def _shrink(self, enforcer: Enforcer, file: RegionFile, resize: Resize) -> None:
         """Shrink a region in every process that maps it as well."""
         state, was_sized = self.state(file), file.region.sized
         after = enforcer.after(file, state, resize.change)
         limit = page_up(resize.new_size)
-        move = await enforcer.begin_shrinking(file, state, limit, after, caller=tid)
+        move = await enforcer.begin_shrinking(file, state, limit, after)
         before = state.by_fault, state.watches
         begun = False
         self._tell_changed(file, resize.change)
@@ -311,7 +323,6 @@ class Changes:
                 await move.undo()
             raise
         self._tell_changed(file, resize.change)
-        await move.leave()
 
     def _apply_resize(self, file: RegionFile, resize: Resize) -> None:
         self.store.reserve(_reserved_delta(file, resize.change))

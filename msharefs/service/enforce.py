@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import attrs
 import trio
@@ -40,13 +40,13 @@ from msharefs.region.demand import both
 from msharefs.region.errors import ClientStuck, NotAdoptable, RegionError, RightsInUse
 from msharefs.region.events import Event, EventKind
 from msharefs.region.mapping import PROTS
-from msharefs.service.batch import LIMIT, Batch, Caller, all_locks, has_now
+from msharefs.service.batch import LIMIT, Batch, all_locks, has_now, thread_count
 from msharefs.service.errors import errno_of
 from msharefs.service.layout import END, After, Layout, anything, layout_of
 from msharefs.service.move import Move, unknown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 
     from msharefs.clients.borrow import Body
     from msharefs.clients.census import Census
@@ -56,12 +56,15 @@ if TYPE_CHECKING:
     from msharefs.clients.roster import Roster
     from msharefs.clients.tracer import Tracer
     from msharefs.region.demand import Demand
+    from msharefs.region.events import Actor
     from msharefs.region.mapping import Change
     from msharefs.service.batch import Run
     from msharefs.service.changes import RegionState
     from msharefs.service.nodes import RegionFile
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 SMALL_TABLE: Final = 64
@@ -109,6 +112,8 @@ class Enforcer:
         self._spaces: dict[int, AddressSpace] = {}
         self._look = trio.Event()
         self._later: trio.Nursery | None = None
+        self._waiting: dict[int, int] = {}
+        self._owed: dict[int, dict[tuple[RegionFile, Client], None]] = {}
 
     def way(self, file: RegionFile, size: int) -> Way:
         """By which way a change that makes so many bytes read-only should go."""
@@ -212,12 +217,9 @@ class Enforcer:
         change: Change,
         after: After,
         *,
-        caller: int = 0,
+        pid: int = 0,
     ) -> Move:
-        """A planned change, on its way through those who map the region.
-
-        ``caller`` is the thread that waits for it.
-        """
+        """A planned change, on its way through those who map the region. ``pid`` asks for it."""
         mark = self.census.last_pid()
         contested = bool(file.region.contested(change))
         if contested:  # then it matters who maps the region before anything is done
@@ -225,27 +227,25 @@ class Enforcer:
         else:
             await self.roster.refresh(self.roster.of_region(file.ino))
         clients = self.roster.of_region(file.ino)
-        caller_pid = identify(caller).pid if caller else 0
-        self._remember_holder(file, caller_pid, mark)
+        self._remember_holder(file, pid, mark)
         region, ranges = file.region, change.ranges
         start, end = 0, END
         if len(region.table) > SMALL_TABLE and ranges:
             start, end = ranges[0].start, ranges[-1].end
         old = layout_of(region, state, start, end)
         new = layout_of(region, state, start, end, ranges, after)
-        return Move(self, file, old, new, clients, Caller(caller, caller_pid), surveyed=contested)
+        return Move(self, file, old, new, clients, surveyed=contested)
 
     async def begin_shrinking(
-        self, file: RegionFile, state: RegionState, limit: int, after: After, *, caller: int = 0
+        self, file: RegionFile, state: RegionState, limit: int, after: After
     ) -> Move:
         """As :meth:`begin`, for a region whose last page will end at ``limit``."""
         clients = await self.gather(file)
         old = layout_of(file.region, state)
         new = layout_of(file.region, state, after=after, limit=limit)
-        waiting = Caller(caller, identify(caller).pid if caller else 0)
-        return Move(self, file, old, new, clients, waiting)
+        return Move(self, file, old, new, clients)
 
-    async def rewatch(self, file: RegionFile, start: int, end: int, *, tid: int) -> None:
+    async def rewatch(self, file: RegionFile, start: int, end: int) -> None:
         """The watches of ``[start, end)`` are others now: catch there by them, every page anew.
 
         The caller holds the region's lock. Raises as a change does; the caller then puts the
@@ -255,11 +255,9 @@ class Enforcer:
         new = layout_of(file.region, self.state(file), start, end)
         old = Layout(new.plain, anything(new))
         between = Layout(new.plain, both(new.plain, new.served))
-        caller = Caller(tid, identify(tid).pid if tid else 0)
-        move = Move(self, file, old, new, clients, caller, between=between, rearm=True)
+        move = Move(self, file, old, new, clients, between=between, rearm=True)
         await move.narrow()
         await move.widen()
-        await move.leave()
 
     # -- those who are served
 
@@ -338,26 +336,23 @@ class Enforcer:
         *,
         rearm: bool = False,
         seen: bool = False,
-        caller: Caller | None = None,
         strict: bool | None = None,
-    ) -> list[Client]:
+    ) -> None:
         """Bring clients to ``layout``; what ``before`` catches is caught in them already.
 
-        With ``rearm`` it is caught anew. ``seen`` as for :meth:`Batch.look`. Those who have to wait for the end of the ``caller``'s
-        call, because the caller's thread is the only one of its process, are returned. Raises as
-        the module says.
+        With ``rearm`` it is caught anew. ``seen`` as for :meth:`Batch.look`. Raises as the module
+        says; whose only thread waits for us is owed it (:meth:`owe`).
         """
         if not clients:
-            return []
+            return
         strict = self.strict if strict is None else strict
-        batch = Batch(self, file, layout, before, rearm=rearm, caller=caller)
+        batch = Batch(self, file, layout, before, rearm=rearm)
         async with all_locks(clients):
             await batch.look(clients, seen=seen)
             failures = await batch.catch()
             failures |= await batch.step()
             await batch.lift()
         self._judge(file, [c for c in clients if c not in batch.late], failures, strict=strict)
-        return batch.late
 
     def _judge(
         self,
@@ -402,52 +397,103 @@ class Enforcer:
             ),
         )
 
-    async def at_the_end(self, file: RegionFile, client: Client, caller: Caller) -> None:
-        """The caller's thread is the only one of its client: it is dealt with at its call's end.
+    # -- those who wait for us
 
-        Until then it runs nothing. When this returns the call may be answered.
+    async def while_waiting(self, actor: Actor, outcome: Awaitable[T]) -> T:
+        """Await the outcome of a request whose thread waits for it.
+
+        Such a thread cannot be stopped before its request is answered. If it is the only one of a
+        process that a change has to reach meanwhile, this one or anybody else's, it runs nothing
+        until then: what is owed to it (:meth:`owe`) is done when its call ends, before its
+        program goes on.
         """
-        with trio.move_on_after(LIMIT) as waited:
-            await client.lock.acquire()
-        if waited.cancelled_caught:
-            self.unenforced(file, client, ClientStuck(f"process {client.pid} is being changed"))
-            return
+        self._waiting[actor.tid] = actor.pid
         try:
-            held = self.hands.of_thread(caller.tid)
-            if held is not None:
-                self._soon(self._finish(file, client, held.errand))
-                return
-            held = self.hands.take(caller.tid, caller.pid)
-            try:
-                await held.placed()
-            except (Gone, NotAdoptable) as error:
-                client.lock.release()
+            return await outcome
+        finally:
+            del self._waiting[actor.tid]
+            owed = self._owed.pop(actor.tid, None)
+            if owed:
+                with trio.CancelScope(shield=True):  # being stopped looks like a signal to its call
+                    await self._settle(actor, owed)
+
+    def waiter(self, client: Client) -> int:
+        """The id of the client's thread, if it is its only one and waits for us; else 0."""
+        for tid, pid in self._waiting.items():
+            if pid in (client.pid, *client.sharers) and thread_count(pid) == 1:
+                return tid
+        return 0
+
+    def owe(self, tid: int, file: RegionFile, client: Client) -> None:
+        """The client is to be brought to what the region demands when the thread's call ends."""
+        self._owed.setdefault(tid, {})[file, client] = None
+
+    async def _settle(self, actor: Actor, owed: Iterable[tuple[RegionFile, Client]]) -> None:
+        """See to it that what is owed is done. When this returns the call may be answered."""
+        todo: list[tuple[RegionFile, Client]] = []
+        for file, client in owed:
+            with trio.move_on_after(LIMIT) as waited:
+                if not any(client is other for _, other in todo):
+                    await client.lock.acquire()
+            if waited.cancelled_caught:
+                stuck = ClientStuck(f"process {client.pid} is being changed by somebody else")
+                self.unenforced(file, client, stuck)
+            else:
+                todo.append((file, client))
+        clients = {client: None for _, client in todo}
+        held = self.hands.of_thread(actor.tid)
+        if held is not None:
+            self._soon(self._pay_followed(held, todo, clients))
+            return
+        held = self.hands.take(actor.tid, actor.pid)
+        try:
+            await held.placed()
+        except (Gone, NotAdoptable) as error:
+            for file, client in todo:
                 if isinstance(error, NotAdoptable):
                     self.unenforced(file, client, error)
-                return
-            self._soon(self._finish_stopped(file, client, held))
-        except BaseException:
-            client.lock.release()
-            raise
+            _let_go(clients)
+        else:
+            self._soon(self._pay(held, todo, clients))
 
-    async def _finish_stopped(self, file: RegionFile, client: Client, held: Held) -> None:
+    async def _pay(
+        self, held: Held, todo: list[tuple[RegionFile, Client]], clients: Iterable[Client]
+    ) -> None:
         try:
             await held.stopped()
+            for file, client in todo:
+                await self._finish(file, client, held.run)
         except Gone:
-            client.lock.release()
             return
-        try:
-            await self._finish(file, client, held.run)
         finally:
             held.release()
+            _let_go(clients)
+
+    async def _pay_followed(
+        self, held: Held, todo: list[tuple[RegionFile, Client]], clients: Iterable[Client]
+    ) -> None:
+        try:
+            pause = await held.pause()
+        except Gone:
+            _let_go(clients)
+            self.look_around()
+            return
+        try:
+            for file, client in todo:
+                await self._finish(file, client, pause.run)
+        finally:
+            pause.release()
+            _let_go(clients)
 
     async def _finish(self, file: RegionFile, client: Client, run: Run) -> None:
         """Bring a client, whose lock is held, to what the region demands by now."""
+        if file.ino not in client.regions:
+            return
         try:
             layout = layout_of(file.region, self.state(file))
             batch = Batch(self, file, layout, anything(layout), rearm=True)
             batch.run_by[client] = run
-            await batch.look([client])
+            await batch.look([client], waiting=False)
             failures = await batch.catch()
             failures |= await batch.step()
             await batch.lift()
@@ -459,8 +505,6 @@ class Enforcer:
         except Exception as error:  # noqa: BLE001 - listed; a change will try again
             errno_of(error, f"bringing process {client.pid} to {file.region.name}")
             self.unenforced(file, client, RegionError("a bug of the server, see its log"))
-        finally:
-            client.lock.release()
 
     def _soon(self, work: Coroutine[Any, Any, None]) -> None:
         async def do() -> None:
@@ -542,3 +586,8 @@ class Enforcer:
             raise Gone(f"process {client.pid}")
         attached.state = State.FAULT if attached.armed else State.REPLICA
         attached.why = ""
+
+
+def _let_go(clients: Iterable[Client]) -> None:
+    for client in clients:
+        client.lock.release()

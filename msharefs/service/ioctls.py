@@ -123,7 +123,10 @@ class Ioctls:
     async def _finish(
         self, handle: RegionHandle, command: Command, tid: int, outcome: Awaitable[IoctlReply]
     ) -> IoctlReply:
+        enforcer = self._changes.enforcer
         try:
+            if enforcer is not None:
+                return await enforcer.while_waiting(handle.actor(tid), outcome)
             return await outcome
         except RegionError as error:
             self._refused(handle, command, tid, error)

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from msharefs.clients.roster import Client
     from msharefs.region.demand import Demand
-    from msharefs.service.batch import Caller
     from msharefs.service.enforce import Enforcer
     from msharefs.service.nodes import RegionFile
 
@@ -36,7 +35,6 @@ class Move:
         old: Layout,
         new: Layout,
         clients: list[Client],
-        caller: Caller,
         *,
         between: Layout | None = None,
         rearm: bool = False,
@@ -49,8 +47,6 @@ class Move:
         self._between = between or Layout(both(old.plain, new.plain), both(old.served, new.served))
         self._rearm = rearm
         self.clients = clients
-        self._caller = caller
-        self._late: dict[Client, None] = {}
         self._surveyed = surveyed
         self._seen = True
         """What has just been seen of the clients is still true."""
@@ -72,20 +68,10 @@ class Move:
                 [c for c in self.clients if self._file.ino in c.regions],
                 self._old,
                 self._between.served,
-                caller=self._caller,
                 strict=False,
             )
         except Exception as error:  # noqa: BLE001 - the first failure is the one to be told
             errno_of(error, f"undoing a change of {self._file.region.name}")
-
-    async def leave(self) -> None:
-        """See to it that the caller obeys as well by the time its call returns.
-
-        To be awaited last: the answer to the call may be written when this returns.
-        """
-        with trio.CancelScope(shield=True):  # being stopped looks like a signal to its call
-            for client in self._late:
-                await self._enforcer.at_the_end(self._file, client, self._caller)
 
     async def _bring_all(
         self, layout: Layout, before: Sequence[Demand], *, rearm: bool = False
@@ -120,10 +106,7 @@ class Move:
         rearm: bool = False,
         seen: bool = False,
     ) -> None:
-        late = await self._enforcer.bring(
-            self._file, clients, layout, before, rearm=rearm, seen=seen, caller=self._caller
-        )
-        self._late |= dict.fromkeys(late)
+        await self._enforcer.bring(self._file, clients, layout, before, rearm=rearm, seen=seen)
 
 
 def unknown(client: Client, inode: int) -> bool:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from msharefs.abi import NotifyArgs
     from msharefs.clients.faults import Access, Served
     from msharefs.region.events import Actor
-    from msharefs.service.changes import Changes
+    from msharefs.service.changes import Changes, RegionState
     from msharefs.service.nodes import RegionFile
 
 _ANSWERS: Final = {Decision.ALLOW: Answer.GO, Decision.DENY: Answer.DENY}
@@ -45,10 +45,10 @@ _SOME_BYTE: Final = 1
 class Reach(Protocol):
     """Brings processes to the watches of a range (``enforce.py``)."""
 
-    async def rewatch(self, file: RegionFile, start: int, end: int, *, tid: int) -> None:
+    async def rewatch(self, file: RegionFile, start: int, end: int) -> None:
         """Whoever maps ``[start, end)`` is to obey table and watches as they are now.
 
-        Every page there is to be caught anew. ``tid`` is who asked. Raises what becomes its errno.
+        Every page there is to be caught anew. Raises what becomes the caller's errno.
         """
 
 
@@ -73,23 +73,29 @@ class Notifications:
 
     async def notify(self, file: RegionFile, args: NotifyArgs, actor: Actor, reach: Reach) -> None:
         """Watch a range (``args`` are checked), or watch it no more."""
-        start, end = args.region_offset, args.region_offset + args.size
+        start = args.region_offset
         async with self._changes.state(file).lock:
             state = self._changes.state(file)
-            before = state.watches.copy()
-            if args.events:
-                state.watches.arm(_watch(args))
-            else:
-                state.watches.disarm(start, end)
-            self.holds.changed(file, start, end)
-            try:
-                await reach.rewatch(file, start, end, tid=actor.tid)
-            except BaseException:
-                state.watches = before
-                with trio.CancelScope(shield=True):
-                    await reach.rewatch(file, start, end, tid=actor.tid)
-                raise
+            with trio.CancelScope(shield=True):  # it ends soon, and is not to end half-way
+                await self._rewatch(file, state, args, reach)
         self._tell(file, EventKind.NOTIFY, actor, "ioctl", start, args.size, _armed(args))
+
+    async def _rewatch(
+        self, file: RegionFile, state: RegionState, args: NotifyArgs, reach: Reach
+    ) -> None:
+        start, end = args.region_offset, args.region_offset + args.size
+        before = state.watches.copy()
+        if args.events:
+            state.watches.arm(_watch(args))
+        else:
+            state.watches.disarm(start, end)
+        self.holds.changed(file, start, end)
+        try:
+            await reach.rewatch(file, start, end)
+        except BaseException:
+            state.watches = before
+            await reach.rewatch(file, start, end)
+            raise
 
     def changed(self, file: RegionFile, start: int, end: int) -> None:
         """Protections or watches are others now: who is held there is judged anew."""
