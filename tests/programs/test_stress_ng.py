@@ -13,7 +13,8 @@ STRESSORS = {
     "files": "copy-file fcntl fstat hdd io revio seek sendfile",
     "sizes": "fallocate fpunch fsize sync-file",
     "locks": "flock locka lockf lockofd lease",
-    "mappings": "aio fault iomix madvise mmap msync msyncmany rmap",
+    "mappings": "aio fault iomix madvise mmap msync",
+    "processes": "msyncmany rmap",
 }
 """Those of its filesystem, os and memory classes that work on files at --temp-path. Left out: what
 FUSE has not (fiemap, xattr), and link, symlink and filename, whose first round takes too long."""
