@@ -51,12 +51,13 @@ async def protect_many(
     limit: float,
     *,
     spaces: Sequence[AddressSpace] | None = None,
+    known: Sequence[bool] | None = None,
     guard: Callable[[Body[None]], Body[None]] | None = None,
 ) -> list[Exception | None]:
     """Have process ``pids[i]`` make ``steps[i]``, in order, up to the first that fails.
 
     ``limit``: seconds for all. ``spaces[i]``: the address space that is meant; another program's is
-    left alone, as Gone. ``guard`` wraps what a borrowed thread does; then all are borrowed one by
+    left alone, as Gone. ``known[i]``: as for ``borrow``. ``guard`` wraps what a borrowed thread does; then all are borrowed one by
     one. What can be the matter with one: NotAdoptable, ClientStuck, Gone (see ``borrow``), OSError
     of a step. Not to be cancelled.
     """
@@ -74,6 +75,7 @@ async def protect_many(
                 pids[index],
                 body if guard is None else guard(body),
                 limit=limit,
+                known=known is not None and known[index],
                 check=None if spaces is None else spaces[index].check,
             )
         )

@@ -27,6 +27,7 @@ from msharefs.clients.replica import Comparison, Step, is_replica
 from msharefs.clients.space import AddressSpace
 from msharefs.clients.userfault import Outcome, UserfaultUnavailable, make
 from msharefs.region.demand import Caught, Demand
+from msharefs.region.errors import ClientStuck
 from msharefs.region.mapping import PROTS
 from msharefs.service.layout import newly, no_longer
 
@@ -252,11 +253,24 @@ class Batch:
                 plain_steps[client] = steps
         outcomes = await self._sessions(bodies)
         outcomes.update(await self._protect(plain_steps))
+        await self._by_children(plain_steps, outcomes)
         failures = {c: e for c, e in outcomes.items() if isinstance(e, Exception)}
         for client in [c for c, error in failures.items() if isinstance(error, Gone)]:
             del failures[client]
             self._enforcer.roster.forget(client)
         return failures
+
+    async def _by_children(
+        self, steps: dict[Client, list[Step]], outcomes: dict[Client, Any]
+    ) -> None:
+        """Who did not stop because it is in vfork(2): its child has the same memory."""
+        stuck = [
+            c for c in steps if isinstance(outcomes[c], ClientStuck) and waits_for_child(c.pid)
+        ]
+        if stuck:
+            await self._enforcer.roster.survey()
+            again = {c: _protecting(steps[c], ()) for c in stuck if c.sharers}
+            outcomes.update(await self._sessions(again))
 
     async def _protect(self, steps: dict[Client, list[Step]]) -> dict[Client, Exception | None]:
         clients = list(steps)
@@ -266,8 +280,11 @@ class Batch:
             list(steps.values()),
             LIMIT,
             spaces=[client.space for client in clients],
+            known=[client.borrowed for client in clients],
             guard=self._enforcer.guard,
         )
+        for client, result in zip(clients, results, strict=True):
+            client.borrowed = client.borrowed or result is None
         return dict(zip(clients, results, strict=True))
 
     def _parts(self, client: Client) -> dict[Prot, list[MappedRange]]:
