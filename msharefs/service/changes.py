@@ -95,9 +95,21 @@ class Changes:
             state.ring.close()
         file.backing.close()
 
-    def look_around(self) -> None:
+    def is_bare(self, file: RegionFile) -> bool:
+        """Whether nothing is laid over a plain file, and nobody watches it."""
+        return file.region.plain and not self.state(file).watches
+
+    def leaves_alone(self, file: RegionFile) -> bool:
+        """Whether whatever mapping of the file there is, nothing is to be said or done about it.
+
+        Once something is, the change that does it finds those who map the file.
+        """
+        semantics = file.region.semantics
+        return semantics.private and not semantics.superset and self.is_bare(file)
+
+    def look_around(self, file: RegionFile) -> None:
         """A region was opened or closed: somebody may map it whom no gate saw."""
-        if self.enforcer is not None:
+        if self.enforcer is not None and not self.leaves_alone(file):
             self.enforcer.look_around()
 
     def new_reader(self, file: RegionFile | None) -> Reader:

@@ -82,10 +82,9 @@ class Files:
         """How the kernel should treat a file that has just been opened."""
         handle = self._handles.get(opened.fh)
         if isinstance(handle, RegionHandle):
-            bare, semantics = self._is_bare(handle.file), handle.file.region.semantics
-            plan = self._plan(handle, native=bare and semantics.native)
-            if self._hold is None or (bare and not semantics.superset and semantics.private):
-                return plan  # whatever mapping it makes, there is nothing to be said or done
+            plan = self._plan(handle)
+            if self._hold is None or self._changes.leaves_alone(handle.file):
+                return plan
             return self._held(plan, self._hold(handle.file, handle.actor(opened.pid)))
         # Without a file position, a read that waits does not lock out others on the descriptor.
         return OpenPlan(stream=isinstance(handle, EventsHandle), noflush=True)
@@ -94,13 +93,9 @@ class Files:
         await waiting
         return plan
 
-    def _is_bare(self, file: RegionFile) -> bool:
-        """Whether nothing is laid over the file, and nobody watches it."""
-        return file.region.plain and not self._changes.state(file).watches
-
-    @staticmethod
-    def _plan(handle: RegionHandle, *, native: bool) -> OpenPlan:
+    def _plan(self, handle: RegionHandle) -> OpenPlan:
         file = handle.file
+        native = file.region.semantics.native and self._changes.is_bare(file)
         if native and handle.access & Prot.WRITE and not file.native:
             file.native, file.written_ns = True, file.backing.state[1]
         return OpenPlan(backing_fd=file.backing.fd, direct_io=not native, noflush=True)

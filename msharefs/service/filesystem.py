@@ -403,7 +403,7 @@ class Filesystem(pyfuse3.Operations):
             self._holds.closed(handle.file)
         elif isinstance(handle, RegionHandle):
             handle.file.region.closed(handle.access)
-            self._changes.look_around()
+            self._changes.look_around(handle.file)
             handle.file.opens -= 1
             self._changes.follow(handle.file)
             handle.file.native = handle.file.native and handle.file.opens > 0
