@@ -146,6 +146,7 @@ class Number(IntEnum):
     SEMOP = 65
     MSGRCV = 70
     FCNTL = 72
+    CREAT = 85
     FTRUNCATE = 77
     RT_SIGTIMEDWAIT = 128
     RT_SIGSUSPEND = 130
@@ -162,6 +163,7 @@ class Number(IntEnum):
     EPOLL_PWAIT = 281
     FALLOCATE = 285
     ACCEPT4 = 288
+    OPENAT2 = 437
     DUP3 = 292
     PWRITEV = 296
     RECVMMSG = 299

@@ -25,7 +25,7 @@ from collections import deque
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 import attrs
 import trio
@@ -48,8 +48,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_Files: TypeAlias = dict[int, tuple[str, object]]
+"""By descriptor: what /proc/PID/fd says of it, and what it was opened as."""
 
 MAP_ANONYMOUS: Final = 0x20
+_OPENS: Final = frozenset({Number.OPEN, Number.CREAT, Number.OPENAT, Number.OPENAT2})
+_DUPS: Final = frozenset({Number.DUP, Number.DUP2, Number.DUP3})
 F_DUPFD: Final = 0
 F_DUPFD_CLOEXEC: Final = 1030
 
@@ -76,6 +80,8 @@ class MmapCall:
     prot: int
     flags: int
     offset: int
+    what: object
+    """What the descriptor was opened as: given to :meth:`Hands.take` or :meth:`Held.opening`."""
 
 
 @attrs.frozen
@@ -141,7 +147,11 @@ class Pause:
 class Held:
     """One thread. The methods are the loop's; each waits until the thread has come to it."""
 
-    def __init__(self, hands: Hands, tid: int, pid: int, limits: Limits | None) -> None:
+    def __init__(
+        self, hands: Hands, tid: int, pid: int, limits: Limits | None, what: object
+    ) -> None:
+        self._what = what
+        self._opening: deque[object] = deque()
         self.tid: Final = tid
         self.pid: Final = pid
         self._hands = hands
@@ -160,6 +170,13 @@ class Held:
         outcome = await self._heard.receive()
         if isinstance(outcome, Exception):
             raise outcome
+
+    def opening(self, what: object) -> None:
+        """The thread, which is being followed, waits in an open() of another file of ours.
+
+        To be said before that is answered. It is then followed to its mmap() of that one as well.
+        """
+        self._opening.append(what)
 
     async def stopped(self) -> int:
         """Until it has come to the end of its call: that call's result. Raises Gone."""
@@ -282,9 +299,8 @@ class Held:
         tell(outcome)
 
     def _follow(self, followed: Followed, fd: int, limits: Limits) -> Session[None]:
-        """From the exit of one call to that of the next, until it has mapped the file."""
-        link = _link(self.tid, fd)
-        descriptors = {fd}
+        """From the exit of one call to that of the next, until it has mapped what it opened."""
+        files: _Files = {fd: (_link(self.tid, fd), self._what)}
         followed.tracee.deadline = monotonic() + limits.seconds
         calls = 0
         while True:
@@ -292,17 +308,19 @@ class Held:
                 pause = self._pauses.popleft()
                 pause.tell(None)
                 yield from self._obey(followed.tracee, pause.tell)
-            if calls >= limits.calls or not descriptors:
+            if calls >= limits.calls or not (files or self._opening):
                 return
+            calls += 1
             try:
                 registers = yield from followed.entry()
                 number, arguments = registers.number, registers.arguments
-                if _maps(number, arguments, descriptors) and self._same(arguments[4], link):
-                    if (yield from self._at_mmap(followed, registers)):
-                        return
-                else:
-                    registers = yield from followed.exit()
-                    _keep_track(number, arguments, registers.result, descriptors)
+                found = self._mapped_file(number, arguments, files)
+                if found is not None:
+                    if not (yield from self._at_mmap(followed, registers, found)):
+                        continue
+                    files = {fd: file for fd, file in files.items() if file[1] is not found}
+                    continue
+                result = (yield from followed.exit()).result
             except TimedOut:
                 if not self._pauses:
                     return
@@ -311,14 +329,21 @@ class Held:
                 calls = limits.calls
                 followed.tracee.deadline = monotonic() + PATIENCE
                 yield from followed.arrive()
-            calls += 1
+                continue
+            _keep_track(number, arguments, result, files)
+            if number in _OPENS and self._opening:
+                what = self._opening.popleft()
+                if result >= 0:
+                    files[result] = _link(self.tid, result), what
+                    followed.tracee.deadline = monotonic() + limits.seconds
+                    calls = 0
 
-    def _at_mmap(self, followed: Followed, registers: Registers) -> Session[bool]:
+    def _at_mmap(self, followed: Followed, registers: Registers, what: object) -> Session[bool]:
         """Ask about an mmap() at its entry, and make it or not: whether that was the end of it."""
         _, length, prot, flags, _, offset = registers.arguments
         tracee = followed.tracee
         deadline, tracee.deadline = tracee.deadline, monotonic() + PATIENCE
-        self._tell(MmapCall(length, prot, flags, offset))
+        self._tell(MmapCall(length, prot, flags, offset, what))
         verdict = yield from _ask(tracee)
         if isinstance(verdict, _Refuse):
             followed.skip(registers)
@@ -326,15 +351,20 @@ class Held:
             followed.set_result(-verdict.code)
             tracee.deadline = deadline
             return False
+        registers = yield from followed.exit()
         if verdict is not None:  # else the loop is not there any more: it goes on unsupervised
-            registers = yield from followed.exit()
             self._tell(registers.result)
             yield from self._obey(tracee, self._tell)
+        tracee.deadline = deadline
         return True
 
-    def _same(self, fd: int, link: str) -> bool:
-        """Whether the number still stands for the file that was opened."""
-        return _link(self.tid, fd & 0xFFFFFFFF) == link
+    def _mapped_file(self, number: int, arguments: tuple[int, ...], files: _Files) -> object | None:
+        """What an mmap() is of, if the descriptor still stands for a file that was opened."""
+        if number != Number.MMAP or arguments[3] & MAP_ANONYMOUS:
+            return None
+        fd = _int(arguments[4])
+        link, what = files.get(fd, ("", None))
+        return what if link and _link(self.tid, fd) == link else None
 
 
 class Hands:
@@ -350,13 +380,13 @@ class Hands:
     def of_thread(self, tid: int) -> Held | None:
         return self._held.get(tid)
 
-    def take(self, tid: int, pid: int, limits: Limits | None = None) -> Held:
+    def take(self, tid: int, pid: int, limits: Limits | None = None, what: object = None) -> Held:
         """Seize a thread that waits in a request of ours; await :meth:`Held.placed` first.
 
         With ``limits`` it is followed to its first mmap() of the descriptor that the request
         gives it; without, it stays stopped at the end of its call until :meth:`Held.release`.
         """
-        held = Held(self, tid, pid, limits)
+        held = Held(self, tid, pid, limits, what)
         self._held[tid] = held
         self.tracer.submit(held.session(), held._end)  # noqa: SLF001 - two halves of one thing
         return held
@@ -394,28 +424,16 @@ def _int(value: int) -> int:
     return value - (1 << 32) if value >> 31 else value
 
 
-def _maps(number: int, arguments: tuple[int, ...], descriptors: set[int]) -> bool:
-    return (
-        number == Number.MMAP
-        and not arguments[3] & MAP_ANONYMOUS
-        and _int(arguments[4]) in descriptors
-    )
-
-
-def _keep_track(
-    number: int, arguments: tuple[int, ...], result: int, descriptors: set[int]
-) -> None:
-    """A call has ended: which descriptors are the file's after it."""
+def _keep_track(number: int, arguments: tuple[int, ...], result: int, files: _Files) -> None:
+    """A call has ended: which descriptors are a file's after it."""
     first = _int(arguments[0])
     if number == Number.CLOSE:
-        descriptors.discard(first)
-        return
-    if result < 0:
-        return
-    if number in {Number.DUP2, Number.DUP3} and first not in descriptors:
-        descriptors.discard(result)
-    elif first in descriptors and (
-        number in {Number.DUP, Number.DUP2, Number.DUP3}
+        files.pop(first, None)
+    elif result >= 0 and (
+        number in _DUPS
         or (number == Number.FCNTL and _int(arguments[1]) in {F_DUPFD, F_DUPFD_CLOEXEC})
     ):
-        descriptors.add(result)
+        if first in files:
+            files[result] = files[first]
+        else:
+            files.pop(result, None)

@@ -29,6 +29,7 @@ from msharefs.region.events import Event, EventKind
 from msharefs.region.mapping import PROTS
 from msharefs.region.pages import page_up
 from msharefs.service.errors import errno_of
+from msharefs.service.nodes import RegionFile
 from msharefs.units import errno_name
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from msharefs.region.events import Actor
     from msharefs.service.changes import Changes
     from msharefs.service.enforce import Enforcer
-    from msharefs.service.nodes import RegionFile
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Gatekeeper:
             self._enforcer.look_around()
             held = await self._take(file, actor, "open", LIMITS)
             if held is not None:
-                self._nursery.start_soon(self._attend, held, file, actor)
+                self._nursery.start_soon(self._attend, held, actor)
 
     async def admit(self, file: RegionFile, tid: int, prot: Prot) -> None:
         """The caller of an mmap() that the rules allow: adopt it at the end of that call."""
@@ -77,14 +77,17 @@ class Gatekeeper:
         self, file: RegionFile, actor: Actor, via: str, limits: Limits | None
     ) -> Held | None:
         """The thread in hand; None if it goes its way unsupervised."""
-        if self._enforcer.hands.of_thread(actor.tid) is not None:
-            return None  # it is held for another region; the census will find this one
+        held = self._enforcer.hands.of_thread(actor.tid)
+        if held is not None:  # it opens another region meanwhile
+            if limits is not None:
+                held.opening(file)
+            return None
         try:
             if not actor.pid:
                 raise NotAdoptable("the process lives in a foreign pid namespace")  # noqa: TRY301
             if reason := hindrance(actor.tid):
                 raise NotAdoptable(reason)  # noqa: TRY301
-            held = self._enforcer.hands.take(actor.tid, actor.pid, limits)
+            held = self._enforcer.hands.take(actor.tid, actor.pid, limits, file)
             await held.placed()
         except Gone:
             return None
@@ -104,33 +107,36 @@ class Gatekeeper:
 
     # -- ptrace
 
-    async def _attend(self, held: Held, file: RegionFile, actor: Actor) -> None:
+    async def _attend(self, held: Held, actor: Actor) -> None:
         try:
-            while True:
-                call = await held.at_mmap()
-                if call is None:
-                    self._enforcer.look_around()  # it may map the region later, or its child
-                    return
-                try:
-                    self._judge(file, call)
-                except RegionError as error:
-                    code = errno_of(error, "mmap")
-                    self._changes.refuse(file, actor, "mmap", errno_name(code), str(error))
-                    await held.refuse(code)
-                    continue
-                if call.flags & MAP_TYPE == MAP_PRIVATE:
-                    await held.allow()  # a copy; nothing here reaches it
-                    return
-                await self._admit(held, file, actor, call)
-                return
+            while (call := await held.at_mmap()) is not None:
+                await self._at_mmap(held, actor, call)
+            self._enforcer.look_around()  # it may map the region later, or its child
         except Gone:
             return
         except NotAdoptable as error:
-            self._tell_unenforced(file, actor, "open", error)
+            log.info("process %d: %s", actor.pid, error)
+            self._enforcer.look_around()
         except Exception as error:  # noqa: BLE001 - one process's affair
-            errno_of(error, f"process {actor.pid} at the gate of {file.region.name}")
+            errno_of(error, f"process {actor.pid} at the gate")
         finally:
             held.release()
+
+    async def _at_mmap(self, held: Held, actor: Actor, call: MmapCall) -> None:
+        file = call.what
+        assert isinstance(file, RegionFile), "what hold() gave"
+        try:
+            self._judge(file, call)
+        except RegionError as error:
+            code = errno_of(error, "mmap")
+            self._changes.refuse(file, actor, "mmap", errno_name(code), str(error))
+            await held.refuse(code)
+            return
+        if call.flags & MAP_TYPE == MAP_PRIVATE:
+            await held.allow()  # a copy; nothing here reaches it
+        else:
+            await self._admit(held, file, actor, call)
+        held.release()
 
     @staticmethod
     def _judge(file: RegionFile, call: MmapCall) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from pathlib import Path
@@ -92,5 +93,6 @@ def start_toucher(toucher_program):
     for process in started:
         process.kill()
         process.wait()
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # what was not read is of no interest any more
+            process.stdin.close()
         process.stdout.close()

@@ -100,7 +100,10 @@ class Child:
     def check_untouched(self) -> None:
         """Nobody traces it any more, none of its threads is stopped for that."""
         for task in Path(f"/proc/{self.pid}/task").iterdir():
-            text = (task / "status").read_text()
+            try:
+                text = (task / "status").read_text()
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it has just ended
             assert "\nTracerPid:\t0\n" in text
             assert "\nState:\tt" not in text
 
@@ -148,6 +151,7 @@ def start(program) -> Iterator[Callable[..., Child]]:
             stdout=subprocess.PIPE,
             pass_fds=[write_end],
             env={**os.environ, "REPORT_FD": str(write_end)},
+            process_group=0,  # in an orphaned one, as a runner's may be, SIGTSTP stops nobody
         )
         os.close(write_end)
         child = Child(process, report, 0)
