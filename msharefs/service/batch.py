@@ -121,8 +121,8 @@ class Batch:
     def _note(self, client: Client, mapped: list[MappedRange], *, waiting: bool) -> None:
         if not mapped:
             self._enforcer.roster.detach(client, self._file.ino)
-        elif waiting and (tid := self._enforcer.waiter(client)):
-            self._enforcer.owe(tid, self._file, client)
+        elif waiting and (tid := self._enforcer.debts.waiter(client)):
+            self._enforcer.debts.owe(tid, self._file, client)
             self.late.append(client)
         else:
             self.windows[client] = mapped

@@ -11,8 +11,8 @@ census, other processes, a large hole to be punched). Such a change plans again 
 else runs between two ticks of the loop and needs no lock, but must take the slow way while
 somebody holds it. Opens are not locked out: ``Region.begin`` tells them which rights are coming.
 
-If the caller is killed while its change waits, the change is given up as a whole; once memory is
-being dropped it is finished first.
+If the caller is killed while its change waits for its turn, the change is given up as a whole; one
+that is under way in other processes is finished, or undone, first.
 """
 
 from __future__ import annotations
@@ -267,7 +267,7 @@ class Changes:
         if self.enforcer is None:
             await outcome
         else:
-            await self.enforcer.while_waiting(actor, outcome)
+            await self.enforcer.debts.while_waiting(actor, outcome)
 
     async def _resize(
         self, file: RegionFile, size: Callable[[], int], actor: Actor, via: str

@@ -11,9 +11,9 @@ Processes that turn up meanwhile (forks of those not yet changed) are looked for
 until there are no more.
 
 What cannot be changed: a process that may not be borrowed (NotAdoptable), or did not stop within
-:data:`~msharefs.service.batch.LIMIT` (ClientStuck). With ``enforce=strict`` the change is undone and its caller gets the
-errno. With ``enforce=best`` the process is listed as unenforced with the reason, an event tells,
-and every later change and census tries again. A process that refuses a call itself (ENOMEM: too
+:data:`~msharefs.service.batch.LIMIT` (ClientStuck). With ``enforce=strict`` the change is undone and
+its caller gets the errno. With ``enforce=best`` the process is listed as unenforced with the reason,
+an event tells, and every later change and census tries again. A process that refuses a call itself (ENOMEM: too
 many mappings) has the change undone under either policy.
 
 What shares what: everything runs in the loop; a region's changes are serialised by its lock, and
@@ -40,23 +40,23 @@ from msharefs.region.demand import both
 from msharefs.region.errors import ClientStuck, NotAdoptable, RegionError, RightsInUse
 from msharefs.region.events import Event, EventKind
 from msharefs.region.mapping import PROTS
-from msharefs.service.batch import LIMIT, Batch, all_locks, has_now, thread_count
+from msharefs.service.batch import Batch, all_locks, has_now
+from msharefs.service.debts import Debts
 from msharefs.service.errors import errno_of
 from msharefs.service.layout import END, After, Layout, anything, layout_of
 from msharefs.service.move import Move, unknown
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
 
     from msharefs.clients.borrow import Body
     from msharefs.clients.census import Census
     from msharefs.clients.faults import Faults, Served
-    from msharefs.clients.holding import Hands, Held
+    from msharefs.clients.holding import Hands
     from msharefs.clients.procmap import MappedRange
     from msharefs.clients.roster import Roster
     from msharefs.clients.tracer import Tracer
     from msharefs.region.demand import Demand
-    from msharefs.region.events import Actor
     from msharefs.region.mapping import Change
     from msharefs.service.batch import Run
     from msharefs.service.changes import RegionState
@@ -112,8 +112,7 @@ class Enforcer:
         self._spaces: dict[int, AddressSpace] = {}
         self._look = trio.Event()
         self._later: trio.Nursery | None = None
-        self._waiting: dict[int, int] = {}
-        self._owed: dict[int, dict[tuple[RegionFile, Client], None]] = {}
+        self.debts: Final = Debts(self)
 
     def way(self, file: RegionFile, size: int) -> Way:
         """By which way a change that makes so many bytes read-only should go."""
@@ -341,7 +340,7 @@ class Enforcer:
         """Bring clients to ``layout``; what ``before`` catches is caught in them already.
 
         With ``rearm`` it is caught anew. ``seen`` as for :meth:`Batch.look`. Raises as the module
-        says; whose only thread waits for us is owed it (:meth:`owe`).
+        says; whose only thread waits for us is owed it (``debts.py``).
         """
         if not clients:
             return
@@ -397,96 +396,8 @@ class Enforcer:
             ),
         )
 
-    # -- those who wait for us
-
-    async def while_waiting(self, actor: Actor, outcome: Awaitable[T]) -> T:
-        """Await the outcome of a request whose thread waits for it.
-
-        Such a thread cannot be stopped before its request is answered. If it is the only one of a
-        process that a change has to reach meanwhile, this one or anybody else's, it runs nothing
-        until then: what is owed to it (:meth:`owe`) is done when its call ends, before its
-        program goes on.
-        """
-        self._waiting[actor.tid] = actor.pid
-        try:
-            return await outcome
-        finally:
-            del self._waiting[actor.tid]
-            owed = self._owed.pop(actor.tid, None)
-            if owed:
-                with trio.CancelScope(shield=True):  # being stopped looks like a signal to its call
-                    await self._settle(actor, owed)
-
-    def waiter(self, client: Client) -> int:
-        """The id of the client's thread, if it is its only one and waits for us; else 0."""
-        for tid, pid in self._waiting.items():
-            if pid in (client.pid, *client.sharers) and thread_count(pid) == 1:
-                return tid
-        return 0
-
-    def owe(self, tid: int, file: RegionFile, client: Client) -> None:
-        """The client is to be brought to what the region demands when the thread's call ends."""
-        self._owed.setdefault(tid, {})[file, client] = None
-
-    async def _settle(self, actor: Actor, owed: Iterable[tuple[RegionFile, Client]]) -> None:
-        """See to it that what is owed is done. When this returns the call may be answered."""
-        todo: list[tuple[RegionFile, Client]] = []
-        for file, client in owed:
-            with trio.move_on_after(LIMIT) as waited:
-                if not any(client is other for _, other in todo):
-                    await client.lock.acquire()
-            if waited.cancelled_caught:
-                stuck = ClientStuck(f"process {client.pid} is being changed by somebody else")
-                self.unenforced(file, client, stuck)
-            else:
-                todo.append((file, client))
-        clients = {client: None for _, client in todo}
-        held = self.hands.of_thread(actor.tid)
-        if held is not None:
-            self._soon(self._pay_followed(held, todo, clients))
-            return
-        held = self.hands.take(actor.tid, actor.pid)
-        try:
-            await held.placed()
-        except (Gone, NotAdoptable) as error:
-            for file, client in todo:
-                if isinstance(error, NotAdoptable):
-                    self.unenforced(file, client, error)
-            _let_go(clients)
-        else:
-            self._soon(self._pay(held, todo, clients))
-
-    async def _pay(
-        self, held: Held, todo: list[tuple[RegionFile, Client]], clients: Iterable[Client]
-    ) -> None:
-        try:
-            await held.stopped()
-            for file, client in todo:
-                await self._finish(file, client, held.run)
-        except Gone:
-            return
-        finally:
-            held.release()
-            _let_go(clients)
-
-    async def _pay_followed(
-        self, held: Held, todo: list[tuple[RegionFile, Client]], clients: Iterable[Client]
-    ) -> None:
-        try:
-            pause = await held.pause()
-        except Gone:
-            _let_go(clients)
-            self.look_around()
-            return
-        try:
-            for file, client in todo:
-                await self._finish(file, client, pause.run)
-        finally:
-            pause.release()
-            _let_go(clients)
-
-    async def _finish(self, file: RegionFile, client: Client, run: Run) -> None:
-        """Bring a client, whose lock is held, to what the region demands by now."""
+    async def finish(self, file: RegionFile, client: Client, run: Run) -> None:
+        """Bring a client, whose lock is held and whose thread ``run`` borrows, to what is demanded."""
         if file.ino not in client.regions:
             return
         try:
@@ -506,7 +417,9 @@ class Enforcer:
             errno_of(error, f"bringing process {client.pid} to {file.region.name}")
             self.unenforced(file, client, RegionError("a bug of the server, see its log"))
 
-    def _soon(self, work: Coroutine[Any, Any, None]) -> None:
+    def soon(self, work: Coroutine[Any, Any, None]) -> None:
+        """See something through in a task of its own."""
+
         async def do() -> None:
             try:
                 await work
@@ -586,8 +499,3 @@ class Enforcer:
             raise Gone(f"process {client.pid}")
         attached.state = State.FAULT if attached.armed else State.REPLICA
         attached.why = ""
-
-
-def _let_go(clients: Iterable[Client]) -> None:
-    for client in clients:
-        client.lock.release()

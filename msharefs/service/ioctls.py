@@ -126,7 +126,7 @@ class Ioctls:
         enforcer = self._changes.enforcer
         try:
             if enforcer is not None:
-                return await enforcer.while_waiting(handle.actor(tid), outcome)
+                return await enforcer.debts.while_waiting(handle.actor(tid), outcome)
             return await outcome
         except RegionError as error:
             self._refused(handle, command, tid, error)
