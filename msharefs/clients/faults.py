@@ -252,6 +252,14 @@ class Served:
         """What is caught, by address."""
         return sorted(span for half in self.halves for span in half.spans)
 
+    def catches(self, span: Span) -> bool:
+        """Whether all that is to be caught there is, by what is known here."""
+        found = 0
+        for half in self.halves:
+            for known in half.within(span.address, span.end):
+                found += 0 if span.caught & ~known.caught else known.size
+        return found == span.size
+
     def actor(self, tid: int) -> Actor:
         """Who the thread is, as of its first access: another program has other memory."""
         known = self._actors.get(tid)

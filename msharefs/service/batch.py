@@ -166,11 +166,16 @@ class Batch:
         attached = client.regions.get(self._file.ino)
         if attached is None:  # it has just ended, or unmapped the region
             return []
-        if self._rearm or not attached.armed:
-            wanted = [demand for demand in self._layout.served if demand.caught]
-        else:
-            wanted = newly(self._before, self._layout.served)
-        return _spans(windows, wanted, self._file.ino)
+        caught = [demand for demand in self._layout.served if demand.caught]
+        every = _spans(windows, caught, self._file.ino)
+        served = client.served
+        if self._rearm or not attached.armed or served is None:
+            return every
+        # What it has mapped since, or had before it was forked, is not caught by itself.
+        found = _spans(windows, newly(self._before, self._layout.served), self._file.ino)
+        known = {(span.address, span.size) for span in found}
+        found += [s for s in every if (s.address, s.size) not in known and not served.catches(s)]
+        return found
 
     async def lift(self) -> None:
         """Catch no more what is no longer to be caught."""

@@ -132,6 +132,27 @@ def test_one_region_mapped_twice_and_in_parts(share):
     assert client.fault_of("load", 4 * PAGE) == whole + 4 * PAGE
 
 
+@pytest.mark.parametrize("seen", [True, False], ids=["by the gate", "by nobody"])
+def test_mapped_again_after_a_change(share, seen):
+    region = share.region()
+    client = share.mapped(region)
+    region.protect(0, PAGE, "r--")
+    first = client.address(0)
+    assert client.call("open", region.path, "rw") > 0
+    if not seen:
+        assert client.ask("mmap", 0, PAGE, RW, 0, SHARED).startswith("at ")
+        assert client.call("munmap", 0, PAGE) == 0
+    word, second = client.ask("mmap", 0, 4 * PAGE, RW, 0, SHARED).split()
+    assert word == "at"
+    if not seen:
+        region.protect(2 * PAGE, PAGE, "r--")
+    for base in (int(second, 16), first):
+        client.ask("base", f"{base:x}")
+        assert client.fault_of("store", 5, 1) == base + 5
+        client.store(PAGE, 1)
+    assert os.pread(region.fd, 1, 5) == b"\0"
+
+
 def test_a_part_at_an_offset(share):
     region = share.region(8)
     client = share.start()
