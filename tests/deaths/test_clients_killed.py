@@ -86,7 +86,11 @@ def calm(place, clients):
         control = at.served.path / ".control/r/clients"
         until(lambda c=control, p=one.pid: pids(c) == {p}, "the dead to be forgotten")
         # An events file or a pidfd more would stay; what the loop holds for a moment does not.
-        at.served.until_descriptors(descriptors)
+        # Who became another program is let go of when it is looked at next: by a change, say.
+        at.served.until(
+            lambda a=at, o=one, d=descriptors: (a.obeys(o), a.served.descriptors() <= d)[1],
+            f"no more than {descriptors} descriptors",
+        )
 
 
 def pids(control):
