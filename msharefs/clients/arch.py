@@ -383,7 +383,7 @@ def reluctance(number: int, arguments: tuple[int, ...]) -> int:
     if number in _RESTARTED_BY_THE_KERNEL:
         return 1
     if number in _NEVER_RESTARTED:
-        return 1 if waits_for_ever(number, arguments, _nothing) else 3
+        return 1 if waits_for_ever(number, arguments, nothing) else 3
     return 3 if number in _SHORTENED else 2
 
 
@@ -417,5 +417,6 @@ _SHORTENED: Final = frozenset(
 )
 
 
-def _nothing(_address: int, _size: int) -> bytes:
+def nothing(_address: int, _size: int) -> bytes:
+    """A :data:`Reader` for when memory is not to be looked at."""
     return b""

@@ -171,11 +171,8 @@ class Borrowed:
             self.tracee.set_registers(self.saved)
 
     def _settle(self) -> None:
-        before = self.saved.rax
-        if arch.settle(self.saved, self.read, self.tracee.ours) is Effect.DISTURBED:
+        if self.tracee.settle(self.saved, self.read) is Effect.DISTURBED:
             self.disturbed = True
-        if self.saved.rax != before:
-            self.tracee.set_registers(self.saved)
 
     def call(self, number: int, *arguments: int) -> Session[int]:
         """Make a system call: its result, or minus an errno. Raises Gone, TimedOut."""

@@ -69,7 +69,7 @@ class Followed:
             now = tracee.registers()
             registers = registers or now
             if stop.interrupt:
-                self._settle(now)
+                tracee.settle(now)
                 return registers
             tracee.interrupt()
             tracee.go_on(stop.signal)
@@ -124,7 +124,7 @@ class Followed:
         if tracee.at_entry():
             yield from self._back_out()
         else:
-            self._settle(tracee.registers())
+            tracee.settle(tracee.registers())
         tracee.detach(signal)
 
     def _let_go_late(self) -> Session[None]:
@@ -145,17 +145,7 @@ class Followed:
         arch.restart(registers, number)
         tracee.set_registers(registers)
 
-    def _settle(self, registers: Registers) -> None:
-        before = registers.rax
-        arch.settle(registers, _nothing, self.tracee.ours)
-        if registers.rax != before:
-            self.tracee.set_registers(registers)
-
     def _check(self, stop: Stop) -> None:
         if stop.group:
             self.tracee.detach()
             raise LetGo("stopped")
-
-
-def _nothing(_address: int, _size: int) -> bytes:
-    return b""

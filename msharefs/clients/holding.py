@@ -108,30 +108,30 @@ class _Go:
 _GO: Final = _Go()
 
 
-class Pause:
-    """A followed thread that is stopped for a while, beside whoever follows it."""
+class _InHand:
+    """A thread that is told what to do from the loop, and tells what came of it."""
 
     def __init__(self, hands: Hands, tid: int, token: trio.lowlevel.TrioToken) -> None:
+        self.tid: Final = tid
         self._hands = hands
-        self._tid = tid
         self._token = token
         self._told: trio.MemorySendChannel[Any]
         self._told, self._heard = trio.open_memory_channel[Any](64)
 
     async def run(self, body: Body[T]) -> T:
-        """As :meth:`Held.run`."""
-        self._hands.tracer.answer(self._tid, _Run(body))
+        """Borrow the stopped thread for some calls. Raises what ``body`` does, and Gone."""
+        self._hands.tracer.answer(self.tid, _Run(body))
         result: T = await self.hear()
         return result
 
     def release(self) -> None:
-        """Let it be followed on."""
-        self._hands.tracer.answer(self._tid, None)
+        """Let it go, if it is still stopped."""
+        self._hands.tracer.answer(self.tid, None)
 
     async def hear(self) -> Any:
         outcome = await self._heard.receive()
         if outcome is _OVER:
-            raise Gone(f"thread {self._tid}")
+            raise Gone(f"thread {self.tid}")
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -144,7 +144,14 @@ class Pause:
             return
 
 
-class Held:
+class Pause(_InHand):
+    """A followed thread that is stopped for a while, beside whoever follows it.
+
+    Released, it is followed on.
+    """
+
+
+class Held(_InHand):
     """One thread. The methods are the loop's; each waits until the thread has come to it."""
 
     def __init__(
@@ -152,13 +159,9 @@ class Held:
     ) -> None:
         self._what = what
         self._opening: deque[object] = deque()
-        self.tid: Final = tid
+        super().__init__(hands, tid, trio.lowlevel.current_trio_token())
         self.pid: Final = pid
-        self._hands = hands
         self._limits = limits
-        self._token = trio.lowlevel.current_trio_token()
-        self._told: trio.MemorySendChannel[Any]
-        self._told, self._heard = trio.open_memory_channel[Any](64)
         self._pauses: deque[Pause] = deque()
         self._over = False
 
@@ -180,7 +183,7 @@ class Held:
 
     async def stopped(self) -> int:
         """Until it has come to the end of its call: that call's result. Raises Gone."""
-        result: int = await self._hear()
+        result: int = await self.hear()
         return result
 
     async def at_mmap(self) -> MmapCall | None:
@@ -197,18 +200,8 @@ class Held:
     async def allow(self) -> int:
         """The mmap() is made: the address, or minus an errno. The thread stays stopped after it."""
         self._hands.tracer.answer(self.tid, _GO)
-        result: int = await self._hear()
+        result: int = await self.hear()
         return result
-
-    async def run(self, body: Body[T]) -> T:
-        """Borrow the stopped thread for some calls. Raises what ``body`` does, and Gone."""
-        self._hands.tracer.answer(self.tid, _Run(body))
-        result: T = await self._hear()
-        return result
-
-    def release(self) -> None:
-        """Let it go, if it is still stopped."""
-        self._hands.tracer.answer(self.tid, None)
 
     async def pause(self) -> Pause:
         """Stop a thread that is being followed, at the end of the call that it is in.
@@ -225,21 +218,7 @@ class Held:
         await pause.hear()
         return pause
 
-    async def _hear(self) -> Any:
-        outcome = await self._heard.receive()
-        if outcome is _OVER:
-            raise Gone(f"thread {self.tid}")
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
     # -- in the tracing thread
-
-    def _tell(self, outcome: Any) -> None:
-        try:
-            self._token.run_sync_soon(self._told.send_nowait, outcome)
-        except trio.RunFinishedError:
-            return
 
     def _end(self, outcome: Any) -> None:
         self._over = True
@@ -248,7 +227,7 @@ class Held:
         if isinstance(outcome, TimedOut):
             log.info("thread %d was let go late: the machine is busy, or it hangs", self.tid)
             outcome = None
-        self._tell(outcome if isinstance(outcome, Exception) else _OVER)
+        self.tell(outcome if isinstance(outcome, Exception) else _OVER)
         try:
             self._token.run_sync_soon(self._hands.forget, self)
         except trio.RunFinishedError:
@@ -256,14 +235,14 @@ class Held:
 
     def session(self) -> Session[None]:
         followed = Followed.seize(self.tid, monotonic() + PATIENCE)
-        self._tell(None)
+        self.tell(None)
         try:
             registers = yield from followed.arrive()
             if not is_64_bit(registers):
                 raise NotAdoptable("a 32-bit process")  # whose numbers mean other calls
             if self._limits is None:
-                self._tell(registers.result)
-                yield from self._obey(followed.tracee, self._tell)
+                self.tell(registers.result)
+                yield from self._obey(followed.tracee, self.tell)
             elif registers.result >= 0:
                 yield from self._follow(followed, registers.result, self._limits)
         except LetGo:
@@ -343,7 +322,7 @@ class Held:
         _, length, prot, flags, _, offset = registers.arguments
         tracee = followed.tracee
         deadline, tracee.deadline = tracee.deadline, monotonic() + PATIENCE
-        self._tell(MmapCall(length, prot, flags, offset, what))
+        self.tell(MmapCall(length, prot, flags, offset, what))
         verdict = yield from _ask(tracee)
         if isinstance(verdict, _Refuse):
             followed.skip(registers)
@@ -353,8 +332,8 @@ class Held:
             return False
         registers = yield from followed.exit()
         if verdict is not None:  # else the loop is not there any more: it goes on unsupervised
-            self._tell(registers.result)
-            yield from self._obey(tracee, self._tell)
+            self.tell(registers.result)
+            yield from self._obey(tracee, self.tell)
         tracee.deadline = deadline
         return True
 

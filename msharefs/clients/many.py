@@ -93,7 +93,7 @@ def protecting(steps: Sequence[Step]) -> Body[None]:
                 Number.MPROTECT, step.address, step.size, int(step.prot)
             )
             if result < 0:
-                raise _failed(thread.pid, -result)
+                raise _failed(thread.pid, -result, f" {step.prot.text()}")
 
     return body
 
@@ -154,5 +154,5 @@ def _outcome(pid: int, status: int) -> Exception:
     return _failed(pid, status)
 
 
-def _failed(pid: int, code: int) -> OSError:
-    return OSError(code, f"process {pid}: mprotect: {os.strerror(code)}")
+def _failed(pid: int, code: int, prot: str = "") -> OSError:
+    return OSError(code, f"process {pid}: mprotect{prot}: {os.strerror(code)}")

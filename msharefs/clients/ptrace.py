@@ -21,6 +21,7 @@ import os
 import signal
 from typing import TYPE_CHECKING, ClassVar, Final
 
+from msharefs.clients import arch
 from msharefs.clients.arch import RESULT_OFFSET, Registers
 from msharefs.clients.gone import Gone
 from msharefs.region.errors import NotAdoptable
@@ -237,6 +238,14 @@ class Tracee:
         if _ptrace(_GET_SYSCALL_INFO, self.tid, len(info), info) == -1:
             self._fail("look at the system call")
         return info.raw[0] == _INFO_ENTRY
+
+    def settle(self, registers: Registers, read: arch.Reader = arch.nothing) -> arch.Effect:
+        """As :func:`arch.settle`, for registers that the stopped tracee has."""
+        before = registers.rax
+        effect = arch.settle(registers, read, self.ours)
+        if registers.rax != before:
+            self.set_registers(registers)
+        return effect
 
     def ours(self, fd: int) -> bool:
         """Whether a descriptor of it is a file that this process serves."""

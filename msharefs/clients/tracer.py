@@ -40,7 +40,6 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar
 
 import trio
 
-from msharefs.clients.arch import settle
 from msharefs.clients.gone import Gone
 from msharefs.clients.ptrace import Stop, Tracee, poll, rescue, stop_of, stray
 
@@ -390,11 +389,7 @@ class Tracer:
             if stop.exec:
                 job = self._waiting.pop(tracee.event_message(), None)
             if stop.interrupt:
-                registers = tracee.registers()
-                before = registers.rax
-                settle(registers, lambda _address, _size: b"", tracee.ours)
-                if registers.rax != before:
-                    tracee.set_registers(registers)
+                tracee.settle(tracee.registers())
             tracee.detach(stop.signal)
             if job is not None:
                 assert job.tracee is not None

@@ -22,7 +22,7 @@ from msharefs.clients.arch import Number
 from msharefs.clients.borrow import borrow, waits_for_child
 from msharefs.clients.faults import Span
 from msharefs.clients.gone import Gone
-from msharefs.clients.many import protect_many
+from msharefs.clients.many import protect_many, protecting
 from msharefs.clients.replica import Comparison, Step, is_replica
 from msharefs.clients.space import AddressSpace
 from msharefs.clients.userfault import Outcome, UserfaultUnavailable, make
@@ -396,15 +396,7 @@ def _protecting(steps: Sequence[Step], zap: Sequence[Span]) -> Body[None]:
     def body(thread: Borrowed) -> Session[None]:
         for span in zap:
             yield from thread.call(Number.MADVISE, span.address, span.size, MADV_DONTNEED)
-        for step in steps:
-            result = yield from thread.call(
-                Number.MPROTECT, step.address, step.size, int(step.prot)
-            )
-            if result < 0:
-                raise OSError(
-                    -result,
-                    f"process {thread.pid}: mprotect {step.prot.text()}: {os.strerror(-result)}",
-                )
+        yield from protecting(steps)(thread)
 
     return body
 

@@ -189,11 +189,6 @@ class Namespace:
         found = self._nodes.get(ino)
         return found if isinstance(found, RegionFile) else None
 
-    def region_or_none(self, ino: int) -> RegionFile | None:
-        """The region of that number; None if it has gone, or is no region."""
-        found = self._nodes.get(ino)
-        return found if isinstance(found, RegionFile) else None
-
     def regions(self) -> Iterator[RegionFile]:
         return (node for node in self._nodes.values() if isinstance(node, RegionFile))
 
