@@ -14,6 +14,7 @@ Leaves out: catching (``enforce.py`` brings the processes to it).
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
+from weakref import WeakKeyDictionary
 
 import trio
 
@@ -66,6 +67,8 @@ class Notifications:
         self._find = find
         self.holds: Final = Holds(changes.tell)
         self._held_pages: dict[tuple[Served, int], Hold] = {}
+        self._signalled_pages: WeakKeyDictionary[Served, set[int]] = WeakKeyDictionary()
+        """What was signalled since the last change: not again until there is another one."""
         self.settle: Settle | None = None
         """Set before anything is caught."""
 
@@ -89,7 +92,7 @@ class Notifications:
             state.watches.arm(_watch(args))
         else:
             state.watches.disarm(start, end)
-        self.holds.changed(file, start, end)
+        self.changed(file, start, end)
         try:
             await reach.rewatch(file, start, end)
         except BaseException:
@@ -99,6 +102,7 @@ class Notifications:
 
     def changed(self, file: RegionFile, start: int, end: int) -> None:
         """Protections or watches are others now: who is held there is judged anew."""
+        self._signalled_pages.clear()
         if len(self.holds):
             self.holds.changed(file, start, end)
 
@@ -129,6 +133,11 @@ class Notifications:
                 self._tell(file, EventKind.FAULT, actor, via, offset, _SOME_BYTE, _LOGGED)
             return Answer.GO
         if action is Action.SIGNAL:
+            # The signal ends the wait for the page: the thread may ask again before it is let go.
+            pages = self._signalled_pages.setdefault(access.served, set())
+            if access.page in pages:
+                return Answer.GO
+            pages.add(access.page)
             self._tell(file, EventKind.FAULT, actor, via, offset, _SOME_BYTE, _signalled(watch))
             signals.send(actor.pid, actor.tid, watch.signo, access.fault.address)
             return Answer.GO

@@ -53,7 +53,7 @@ static void *store(void *nothing)
 int main(int count, char **argument)
 {
     struct sigaction action = {.sa_sigaction = on_segv, .sa_flags = SA_SIGINFO | SA_NODEFER};
-    struct sigaction alarms = {.sa_handler = on_alarm};
+    struct sigaction alarms = {.sa_handler = on_alarm, .sa_flags = SA_RESTART};
     size_t size = 1 << 20;
     char line[100];
     int file, whole = -1, limited = -1;
