@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import signal
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -111,15 +112,29 @@ def hindrance(tid: int) -> str:
     return "a 32-bit process" if head[EI_CLASS:] == ELFCLASS32 else ""
 
 
+def is_dying(tid: int) -> bool:
+    """Whether the thread has gone, or has been killed and will be gone once its call ends."""
+    try:
+        status = Path(f"/proc/{tid}/status").read_bytes()
+    except OSError:
+        return True
+    pending = int(status.partition(b"\nSigPnd:\t")[2].split(maxsplit=1)[0], 16)
+    return bool(pending >> (signal.SIGKILL - 1) & 1)
+
+
 def duplicate_descriptor(tid: int, fd: int) -> int:
     """Our own duplicate of descriptor ``fd`` of the thread ``tid``, close-on-exec.
 
-    Raises BadDescriptor if it has no such descriptor, Unsupported if the thread cannot be named
-    from here (0: it lives in a pid namespace that does not nest in ours), OSError otherwise.
+    Raises BadDescriptor if it has no such descriptor (any more: it is ending), Unsupported if the
+    thread cannot be named from here (0: it lives in a pid namespace that does not nest in ours),
+    OSError otherwise.
     """
     if tid == 0:
         raise Unsupported("the caller lives in a foreign pid namespace")
-    pidfd = _open_thread(tid)
+    try:
+        pidfd = _open_thread(tid)
+    except ProcessLookupError:
+        raise BadDescriptor("the calling process has ended") from None
     try:
         result = int(
             _libc.syscall(ctypes.c_long(SYS_PIDFD_GETFD), ctypes.c_int(pidfd), ctypes.c_uint(fd), 0)
@@ -128,6 +143,8 @@ def duplicate_descriptor(tid: int, fd: int) -> int:
             code = ctypes.get_errno()
             if code == errno.EBADF:
                 raise BadDescriptor(f"descriptor {fd} is not open in the calling process")
+            if code == errno.ESRCH:
+                raise BadDescriptor("the calling process has ended")
             raise OSError(code, f"pidfd_getfd: {os.strerror(code)}")
         return result
     finally:

@@ -36,6 +36,17 @@ class ObjectAccess(RegionError):
     """The object's descriptor does not allow the protection asked for."""
 
 
+class ObjectFailed(RegionError):
+    """What the kernel, or the object's own filesystem, says of a call on the object.
+
+    ``code`` is its errno, which is the program's to hear.
+    """
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class Occupied(RegionError):
     """The range overlaps a mapping and replacing was not allowed."""
 

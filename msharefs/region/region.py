@@ -26,6 +26,7 @@ from msharefs.region.errors import (
     ModeTooNarrow,
     NotSized,
     RightsInUse,
+    Unsupported,
 )
 from msharefs.region.mapping import ANON, PROTS, Change, Mapping, ObjectRef, RangeChange
 from msharefs.region.pages import checked_end, page_up
@@ -98,7 +99,7 @@ class Region:
         if not self.limit:
             return True
         whole = len(self.table) == 1 and self.table.mapped == self.limit
-        return whole and self.rights == grown
+        return whole and not self.table.files and self.rights == grown
 
     @property
     def descriptors(self) -> int:
@@ -118,6 +119,8 @@ class Region:
 
     def check_mmap(self, prot: Prot) -> None:
         """The same rule for mmap(): ``prot`` is what the mapping allows. Raises ModeTooNarrow."""
+        if self.table.files:
+            raise Unsupported("the region holds file objects, which no mapping can show yet")
         lacking = int(self.rights) & ~int(prot)
         if lacking and self.semantics.superset:
             raise ModeTooNarrow(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from sortedcontainers import SortedList
 
-from msharefs.abi import Prot
+from msharefs.abi import Kind, Prot
 from msharefs.region.errors import HoleInRange, NothingThere, ObjectAccess, Occupied, StaleChange
 from msharefs.region.mapping import PROTS, Change, Mapping, RangeChange
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _OPEN: Final = (False, False)
+_FILE: Final = Kind.FILE
 
 
 class MappingTable:
@@ -43,6 +44,8 @@ class MappingTable:
         """The union of the protections inside."""
         self.mapped = 0
         """Bytes mapped in all."""
+        self.files = 0
+        """How many of the mappings show a file."""
         self.version = 0
         """Goes up by one with every change applied."""
 
@@ -193,7 +196,7 @@ class MappingTable:
             )
         removed, added = change.removed, change.added
         starts, by_start, by_end = self._starts, self._by_start, self._by_end
-        counts, mapped = self._count_of_prot, self.mapped
+        counts, mapped, files = self._count_of_prot, self.mapped, self.files
         for mapping in added:
             if mapping.start not in by_start:
                 starts.add(mapping.start)
@@ -201,14 +204,16 @@ class MappingTable:
             del by_start[mapping.start], by_end[mapping.end]
             counts[mapping.prot] -= 1
             mapped -= mapping.end - mapping.start
+            files -= mapping.object.kind is _FILE
         for mapping in added:
             by_start[mapping.start] = by_end[mapping.end] = mapping
             counts[mapping.prot] += 1
             mapped += mapping.end - mapping.start
+            files += mapping.object.kind is _FILE
         for mapping in removed:
             if mapping.start not in by_start:
                 starts.remove(mapping.start)
-        self.mapped = mapped
+        self.mapped, self.files = mapped, files
         self.rights = change.rights_after
         self.version += 1
 

@@ -17,13 +17,15 @@ that is under way in other processes is finished, or undone, first.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import contextlib
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import attrs
 import trio
 
 from msharefs.abi import Kind
-from msharefs.region.errors import RightsInUse
+from msharefs.memory.objects import Objects
+from msharefs.region.errors import RightsInUse, Unsupported
 from msharefs.region.events import NOBODY, Actor, Event, EventKind
 from msharefs.region.mapping import PROTS
 from msharefs.region.pages import page_up
@@ -32,11 +34,11 @@ from msharefs.region.watch import Watches
 from msharefs.service.eventlog import Reader
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
 
     from msharefs.clients.census import MappedRange
     from msharefs.memory.store import Store
-    from msharefs.region.mapping import Change
+    from msharefs.region.mapping import Change, Mapping
     from msharefs.region.region import Resize
     from msharefs.service.enforce import Enforcer
     from msharefs.service.eventlog import EventLog, Ring
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
 INLINE_DROP: Final = 4 << 20
 """Bytes. A hole up to this size is punched in the loop (under a millisecond, and a switch to a
 thread costs a tenth of that each way); a larger one that holds data is punched by a thread."""
+T = TypeVar("T")
+_HOLDING_NOTHING: Final = contextlib.nullcontext()
 
 
 @attrs.define(eq=False)
@@ -73,6 +77,8 @@ class Changes:
     """Who makes others obey; None on a mount without a gate, where mappings are left alone."""
     changed: Callable[[RegionFile, int, int], None] | None = None
     """Told of each range that has another protection, or another content, now."""
+    objects: Objects = attrs.field(factory=Objects)
+    """The files that lie in the regions: each is held once for each mapping in a table."""
     _states: dict[int, RegionState] = attrs.field(factory=dict)
 
     def state(self, file: RegionFile) -> RegionState:
@@ -88,6 +94,7 @@ class Changes:
         if file.region.semantics.reserves:
             anonymous = (m.size for m in file.region.table if m.object.kind is Kind.ANON)
             self.store.reserve(-sum(anonymous))
+        _release(self.objects, file.region.table)
         if self.enforcer is not None:
             self.enforcer.forget_region(file)
         state = self._states.pop(file.ino, None)
@@ -148,18 +155,20 @@ class Changes:
         if self.enforcer is not None and (len(state.watches) or not self.enforcer.idle(file)):
             return self._change_slowly(file, state, plan, event)
         if not _moves_memory(change):
-            file.region.apply(change)
+            with self._holding(change):
+                file.region.apply(change)
             self._done(file, event)
             return None
         if _drops_much(file, change):
             return self._change_slowly(file, state, plan, event)
-        self._begin(file, change)
-        try:
-            for start, end in _dropped(change):
-                file.backing.drop(start, end)
-        except BaseException:
-            self._undo(file, change)
-            raise
+        with self._holding(change):
+            self._begin(file, change)
+            try:
+                for start, end in _dropped(change):
+                    file.backing.drop(start, end)
+            except BaseException:
+                self._undo(file, change)
+                raise
         self._done(file, event)
         return None
 
@@ -171,16 +180,36 @@ class Changes:
             file.region.check_descriptors(change)
             file.region.begin(change)
             try:
-                if self.enforcer is not None:
-                    with trio.CancelScope(shield=True):  # it ends soon, and is not to end half-way
-                        await self._enforce(self.enforcer, file, state, change, event.actor.pid)
-                else:
-                    await self._check_mappings(file, change)
-                    self._begin(file, change)
-                    await self._drop(file, change)
+                with self._holding(change):
+                    await self._carry_out(file, state, change, event.actor.pid)
             finally:
                 file.region.end()
             self._done(file, event)
+
+    async def _carry_out(
+        self, file: RegionFile, state: RegionState, change: Change, pid: int
+    ) -> None:
+        if self.enforcer is not None:
+            with trio.CancelScope(shield=True):  # it ends soon, and is not to end half-way
+                await self._enforce(self.enforcer, file, state, change, pid)
+        else:
+            await self._check_mappings(file, change)
+            self._begin(file, change)
+            await self._drop(file, change)
+
+    def _holding(self, change: Change) -> contextlib.AbstractContextManager[None]:
+        """Carry a change out within: its objects are there for the way forth, and the way back."""
+        return self._holding_objects(change) if len(self.objects) else _HOLDING_NOTHING
+
+    @contextlib.contextmanager
+    def _holding_objects(self, change: Change) -> Iterator[None]:
+        _hold(self.objects, change.added)
+        try:
+            yield
+        except BaseException:
+            _release(self.objects, change.added)
+            raise
+        _release(self.objects, change.removed)
 
     async def _drop(self, file: RegionFile, change: Change) -> None:
         try:
@@ -195,6 +224,8 @@ class Changes:
         """Carry a change out in every process that maps the region as well."""
         after = enforcer.after(file, state, change)
         move = await enforcer.begin(file, state, change, after, pid=pid)
+        if move.clients and any(m.object.kind is Kind.FILE for m in change.added):
+            raise Unsupported("somebody maps the region, and no mapping can show a file yet")
         await enforcer.check_rights(file, move.clients, file.region.contested(change))
         begun = False
         before = state.by_fault, state.watches
@@ -256,18 +287,18 @@ class Changes:
 
     async def resize(self, file: RegionFile, size: int, actor: Actor, via: str) -> None:
         """Set the region's size in bytes; what lies past the end is unmapped and freed."""
-        await self._waited_for(actor, self._resize(file, lambda: size, actor, via))
+        await self.waited_for(actor, self._resize(file, lambda: size, actor, via))
 
     async def grow(self, file: RegionFile, size: int, actor: Actor, via: str) -> None:
         """As fallocate(2): at least ``size`` bytes, never fewer than before."""
         wanted = self._resize(file, lambda: max(size, file.region.size), actor, via)
-        await self._waited_for(actor, wanted)
+        await self.waited_for(actor, wanted)
 
-    async def _waited_for(self, actor: Actor, outcome: Awaitable[None]) -> None:
+    async def waited_for(self, actor: Actor, outcome: Awaitable[T]) -> T:
+        """Await the outcome of a request whose thread waits for it, as ``debts.py`` has to know."""
         if self.enforcer is None:
-            await outcome
-        else:
-            await self.enforcer.debts.while_waiting(actor, outcome)
+            return await outcome
+        return await self.enforcer.debts.while_waiting(actor, outcome)
 
     async def _resize(
         self, file: RegionFile, size: Callable[[], int], actor: Actor, via: str
@@ -278,9 +309,14 @@ class Changes:
 
     async def _resize_locked(self, file: RegionFile, size: int, actor: Actor, via: str) -> None:
         resize, was_sized = file.region.plan_resize(size), file.region.sized
+        with self._holding(resize.change):
+            await self._carry_out_resize(file, resize, was_sized)
+        self._resized(file, resize, actor, via)
+
+    async def _carry_out_resize(self, file: RegionFile, resize: Resize, was_sized: bool) -> None:
+        size = resize.new_size
         if self.enforcer is not None and self._shrinks_for_others(self.enforcer, file, resize):
             await self._shrink(self.enforcer, file, resize)
-            self._resized(file, resize, actor, via)
             return
         self._apply_resize(file, resize)
         try:
@@ -293,7 +329,6 @@ class Changes:
             file.region.size, file.region.sized = resize.old_size, was_sized
             self.store.reserve(-_reserved_delta(file, resize.change))
             raise
-        self._resized(file, resize, actor, via)
 
     def _shrinks_for_others(self, enforcer: Enforcer, file: RegionFile, resize: Resize) -> bool:
         """Whether a mapping may have to be changed: what it may do past the end is another thing.
@@ -392,7 +427,8 @@ class Changes:
     def _grown(self, file: RegionFile, size: int, actor: Actor, via: str) -> None:
         if size > file.region.size:
             resize = file.region.plan_resize(size)
-            self._apply_resize(file, resize)
+            with self._holding(resize.change):
+                self._apply_resize(file, resize)
             self._resized(file, resize, actor, via)
 
 
@@ -413,15 +449,27 @@ def _reserved_delta(file: RegionFile, change: Change) -> int:
     )
 
 
+def _hold(objects: Objects, mappings: Iterable[Mapping]) -> None:
+    for mapping in mappings:
+        if mapping.object.kind is Kind.FILE:
+            objects.hold(mapping.object.ident)
+
+
+def _release(objects: Objects, mappings: Iterable[Mapping]) -> None:
+    for mapping in mappings:
+        if mapping.object.kind is Kind.FILE:
+            objects.release(mapping.object.ident)
+
+
 def _dropped(change: Change) -> Iterable[tuple[int, int]]:
     """The ranges whose memory goes, neighbours joined.
 
     Also where memory newly comes over a hole: a program may have touched the hole through its
-    mapping, and new anonymous memory reads as zeroes.
+    mapping, and new anonymous memory reads as zeroes. Where a file was there is none to go.
     """
     start = end = 0
     for part in change.ranges:
-        if part.old is not None and not part.replaced:
+        if part.old is not None and (not part.replaced or _shows_file(part.old, part.new)):
             continue
         if part.start != end:
             if end > start:
@@ -430,6 +478,11 @@ def _dropped(change: Change) -> Iterable[tuple[int, int]]:
         end = part.end
     if end > start:
         yield start, end
+
+
+def _shows_file(old: Mapping, new: Mapping | None) -> bool:
+    """Whether a file was there and no memory comes now."""
+    return old.object.kind is Kind.FILE and (new is None or new.object.kind is Kind.FILE)
 
 
 def _drops_much(file: RegionFile, change: Change) -> bool:

@@ -31,6 +31,7 @@ from msharefs.fuse.session import Session
 from msharefs.memory.store import Store
 from msharefs.service import systemd
 from msharefs.service.changes import Changes
+from msharefs.service.contents import Contents
 from msharefs.service.enforcement import Enforcement
 from msharefs.service.errors import errno_of
 from msharefs.service.eventlog import EventLog
@@ -116,20 +117,22 @@ async def _serve(
                 number, options, changes, notifications, namespace.find_region, gate.lsm
             )
         hold = _hold(enforcement, gate.kind)
-        files = Files(handles, changes, notifications, namespace.leaving, hold)
+        contents = Contents(changes.objects)
+        files = Files(handles, changes, contents, notifications, namespace.leaving, hold)
         features = FEATURES | (Feature.HUGE if options.huge not in {None, "never"} else Feature(0))
         if enforcement is not None:
-            features |= Feature.ENFORCE | Feature.NOTIFY
+            features |= Feature.ENFORCE | Feature.NOTIFY | Feature.FILE_OBJECTS
             changes.changed = notifications.changed
         ioctls = Ioctls(
             handles,
             changes,
+            contents,
             features=features,
             gate=gate.kind,
             notify=_notify(enforcement, notifications),
             region_devices=_region_devices,
         )
-        operations = Filesystem(namespace, handles, changes, store, notifications.holds)
+        operations = Filesystem(namespace, handles, changes, contents, store, notifications.holds)
         if enforcement is not None:
             operations.standing = enforcement.standing
         handlers = Handlers(

@@ -122,6 +122,8 @@ def errno_of(error: BaseException, what: str) -> int:
     """The errno for ``error``, which came up while doing ``what``."""
     if isinstance(error, pyfuse3.FUSEError):
         return error.errno
+    if isinstance(error, region.ObjectFailed):
+        return error.code
     for kind in type(error).__mro__:
         if kind in ERRNO_OF:
             return ERRNO_OF[kind]

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     )
     from msharefs.region.events import Actor
     from msharefs.service.changes import Changes
+    from msharefs.service.contents import Contents
     from msharefs.service.handles import Handles
     from msharefs.service.nodes import RegionFile
     from msharefs.service.notifications import Notifications
@@ -72,6 +73,7 @@ class Files:
 
     _handles: Handles
     _changes: Changes
+    _contents: Contents
     _notifications: Notifications
     _leaving: Callable[[], bool]
     """Whether there are nameless files that nobody has open, which the kernel has yet to forget."""
@@ -158,6 +160,8 @@ class Files:
         clears = bool(mode & (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE))
 
         def work() -> int:
+            if self._contents.clear(file, offset, length) < length:
+                raise Unsupported("a file lies there; fallocate() that")
             if clears:
                 inside = max(min(length, file.region.limit - offset), 0)
                 file.region.check_writable(offset, inside)
@@ -179,14 +183,20 @@ class Files:
         else:
             file.touch()
 
-    def seek(self, request: SeekRequest) -> int:
-        """lseek(2) for SEEK_DATA and SEEK_HOLE: where memory has been touched, as tmpfs tells."""
+    def seek(self, request: SeekRequest) -> int | Awaitable[int]:
+        """lseek(2) for SEEK_DATA and SEEK_HOLE: where memory has been touched, as tmpfs tells.
+
+        Of a file that lies there it is what that file's filesystem tells.
+        """
         handle = self._handles.get(request.fh)
         if not isinstance(handle, RegionHandle):
             raise BadArgument("a file that the mount makes up has no holes")
         self._changes.follow(handle.file)
         if request.offset >= handle.file.region.size:  # also what was negative
             raise AccessHole(f"{request.offset:#x} is past the region's end")
+        if handle.file.region.table.files:
+            later = self._contents.seek(handle.file, request.offset, request.whence, request.pid)
+            return self._changes.waited_for(handle.actor(request.pid), later)
         try:
             found = handle.file.backing.seek(request.offset, request.whence)
         except OSError as error:
@@ -210,7 +220,13 @@ class Files:
         via, actor = "copy_file_range", target.actor(request.pid)
         count = await self._admitted(origin, request.offset, count, False, actor, via)
         count = await self._admitted(file, request.target_offset, count, True, actor, via)
-        copied = 0
+        clear = min(
+            self._contents.clear(origin, request.offset, count),
+            self._contents.clear(file, request.target_offset, count),
+        )
+        if count and not clear:
+            return await self._copy_file(origin, target, request, count)
+        count, copied = clear, 0  # a file is the next call's
 
         def work() -> int:
             nonlocal copied
@@ -224,6 +240,18 @@ class Files:
             return request.target_offset + copied
 
         await self._changes.growing_in_thread(file, work, actor, via)
+        return self._wrote(target, request.pid, via, request.target_offset, copied)
+
+    async def _copy_file(
+        self, origin: RegionFile, target: RegionHandle, request: CopyRequest, count: int
+    ) -> int:
+        """What begins with a file, at either end."""
+        count = target.file.region.writable(request.target_offset, count)
+        later = self._contents.copy(
+            origin, request.offset, target.file, request.target_offset, count, request.pid
+        )
+        copied = await self._changes.waited_for(target.actor(request.pid), later)
+        via = "copy_file_range"
         return self._wrote(target, request.pid, via, request.target_offset, copied)
 
     async def _admitted(
@@ -249,10 +277,25 @@ class Files:
             raise
         if allowed and state.watches:
             return self._read_watched(handle, request, allowed)
-        return self._take(handle, offset, allowed)
+        return self._take(handle, request, allowed)
 
-    def _take(self, handle: RegionHandle, offset: int, allowed: int) -> bytes:
-        data = handle.file.backing.read(offset, allowed)
+    def _take(
+        self, handle: RegionHandle, request: ReadRequest, allowed: int
+    ) -> bytes | Awaitable[bytes]:
+        file, offset = handle.file, request.offset
+        if file.region.table.files:
+            data = self._contents.read(file, offset, allowed, request.pid)
+            if not isinstance(data, bytes):
+                return self._take_later(handle, request, data)
+        else:
+            data = file.backing.read(offset, allowed)
+        self._changes.state(file).count("read_bytes", len(data))
+        return data
+
+    async def _take_later(
+        self, handle: RegionHandle, request: ReadRequest, later: Awaitable[bytes]
+    ) -> bytes:
+        data = await self._changes.waited_for(handle.actor(request.pid), later)
         self._changes.state(handle.file).count("read_bytes", len(data))
         return data
 
@@ -264,10 +307,12 @@ class Files:
             file, offset, allowed, store=False, actor=actor, via="read"
         )
         if isinstance(admitted, int):
-            return self._take(handle, offset, admitted)
+            return self._take(handle, request, admitted)
 
         async def after() -> bytes:
-            return self._take(handle, offset, file.region.readable(offset, await admitted))
+            allowed = file.region.readable(offset, await admitted)
+            data = self._take(handle, request, allowed)
+            return data if isinstance(data, bytes) else await data
 
         return after()
 
@@ -281,24 +326,44 @@ class Files:
             if state.watches:
                 self._refused(handle, request, store=True, via="write")
             raise
+        if file.region.table.files and self._contents.clear(file, offset, allowed) < allowed:
+            # Only memory grows with the region.
+            allowed = min(allowed, max(file.region.size - offset, 0))
+            if not allowed:
+                raise AccessHole(f"{offset:#x} is past the region's end, where a file lies")
         if offset + allowed > file.region.size:
             if state.watches and offset < file.region.limit:
                 return self._write_past_watched_end(handle, request)
             return self._write_past_end(handle, request)
         if state.watches:
             return self._write_watched(handle, request, allowed)
-        written = file.backing.write(offset, memoryview(request.data)[:allowed])
+        return self._put(handle, request, allowed)
+
+    def _put(
+        self, handle: RegionHandle, request: WriteRequest, length: int
+    ) -> int | Awaitable[int]:
+        file, offset, data = handle.file, request.offset, memoryview(request.data)[:length]
+        if file.region.table.files:
+            written = self._contents.write(file, offset, data, request.pid)
+            if not isinstance(written, int):
+                return self._put_later(handle, request, written)
+        else:
+            written = file.backing.write(offset, data)
         return self._wrote(handle, request.pid, "write", offset, written)
+
+    async def _put_later(
+        self, handle: RegionHandle, request: WriteRequest, later: Awaitable[int]
+    ) -> int:
+        written = await self._changes.waited_for(handle.actor(request.pid), later)
+        return self._wrote(handle, request.pid, "write", request.offset, written)
 
     def _write_watched(
         self, handle: RegionHandle, request: WriteRequest, allowed: int
     ) -> int | Awaitable[int]:
         file, offset, actor = handle.file, request.offset, handle.actor(request.pid)
 
-        def write(length: int) -> int:
-            length = file.region.writable(offset, length)
-            written = file.backing.write(offset, memoryview(request.data)[:length])
-            return self._wrote(handle, request.pid, "write", offset, written)
+        def write(length: int) -> int | Awaitable[int]:
+            return self._put(handle, request, file.region.writable(offset, length))
 
         admitted = self._notifications.admit(
             file, offset, allowed, store=True, actor=actor, via="write"
@@ -307,7 +372,8 @@ class Files:
             return write(admitted)
 
         async def after() -> int:
-            return write(await admitted)
+            written = write(await admitted)
+            return written if isinstance(written, int) else await written
 
         return after()
 

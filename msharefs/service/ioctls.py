@@ -7,8 +7,8 @@ event log with its reason, since an errno says little.
 
 from __future__ import annotations
 
-import os
 import struct
+import threading
 from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 import trio
@@ -34,7 +34,7 @@ from msharefs.abi import (
 )
 from msharefs.clients.identity import duplicate_descriptor
 from msharefs.fuse.handlers import IoctlReply
-from msharefs.memory.objects import examine
+from msharefs.memory.examine import examine
 from msharefs.region.errors import BadArgument, NothingThere, RegionError, Unsupported
 from msharefs.region.events import Event, EventKind
 from msharefs.region.mapping import PROTS
@@ -47,9 +47,11 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from msharefs.fuse.wire import IoctlRequest
+    from msharefs.memory.examine import Examined
     from msharefs.region.events import Actor
     from msharefs.region.mapping import Change
     from msharefs.service.changes import Changes
+    from msharefs.service.contents import Contents
     from msharefs.service.handles import Handles
     from msharefs.service.nodes import RegionFile
 
@@ -74,6 +76,7 @@ class Ioctls:
         self,
         handles: Handles,
         changes: Changes,
+        contents: Contents,
         *,
         features: Feature,
         gate: Gate = Gate.NONE,
@@ -82,6 +85,7 @@ class Ioctls:
     ) -> None:
         self._handles = handles
         self._changes = changes
+        self._contents = contents
         self._features = features
         self._gate = gate
         self._watch = notify
@@ -167,26 +171,75 @@ class Ioctls:
     def _map_object(
         self, handle: RegionHandle, args: CreateArgs, tid: int
     ) -> Awaitable[IoctlReply]:
-        """A file: everything is checked, but mounts like this one hold memory only."""
         handle.file.region.check_map(args.region_offset, args.size, args.prot, args.flags)
         if args.offset % PAGE_SIZE:
             raise BadArgument(f"object offset {args.offset:#x} is not a multiple of {PAGE_SIZE}")
         if args.offset + args.size >= 1 << 63:
             raise BadArgument(f"object offset {args.offset:#x} plus the size overflows")
-        return self._examine_object(args, tid)
+        return self._show_object(handle, args, tid)
 
-    async def _examine_object(self, args: CreateArgs, tid: int) -> IoctlReply:
-        """In a thread: fstat() of the object asks its filesystem, which may be this very mount."""
+    async def _show_object(self, handle: RegionHandle, args: CreateArgs, tid: int) -> IoctlReply:
+        found = await self._examined(args, tid)
+        if not self._features & Feature.FILE_OBJECTS:
+            found.discard()
+            raise Unsupported("a mount without a gate shows nobody a file; use MAP_ANONYMOUS")
+        objects, region = self._changes.objects, handle.file.region
+        shown = objects.take(found)
+        try:
+            detail = (
+                ("prot", PROTS[args.prot].text()),
+                ("object", shown.path),
+                ("object_offset", args.offset),
+            )
+            outcome = self._change(
+                handle,
+                tid,
+                EventKind.MAP,
+                args.region_offset,
+                args.size,
+                detail,
+                lambda: region.plan_map(
+                    args.region_offset,
+                    args.size,
+                    args.prot,
+                    args.flags,
+                    obj=shown.ref,
+                    object_offset=args.offset,
+                    max_prot=shown.max_prot,
+                ),
+            )
+            return outcome if isinstance(outcome, IoctlReply) else await outcome
+        finally:
+            objects.release(shown.ident)
+
+    async def _examined(self, args: CreateArgs, tid: int) -> Examined:
+        """In a thread: the object's filesystem is asked, which may be dead, or this very mount.
+
+        A caller that is killed does not wait for it.
+        """
+        found: list[Examined] = []
+        lock, given_up = threading.Lock(), False
 
         def examined() -> None:
             fd = duplicate_descriptor(tid, args.fd)
-            try:
-                examine(fd, PROTS[args.prot], self._region_devices())
-            finally:
-                os.close(fd)
+            result = examine(fd, PROTS[args.prot], args.offset, self._region_devices())
+            with lock:
+                if not given_up:
+                    found.append(result)
+                    return
+            result.discard()
 
-        await trio.to_thread.run_sync(examined, abandon_on_cancel=True)
-        raise Unsupported("file objects are not supported by this mount; use MAP_ANONYMOUS")
+        try:
+            await trio.to_thread.run_sync(
+                examined, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
+            )
+        except BaseException:
+            with lock:
+                given_up = True
+            for result in found:
+                result.discard()
+            raise
+        return found[0]
 
     def _unmap(
         self, handle: RegionHandle, data: bytes, tid: int
@@ -271,7 +324,7 @@ class Ioctls:
         )
         return IoctlReply(data=answer.pack())
 
-    # -- watching, and what is not to be had yet
+    # -- watching, syncing
 
     def _notify(
         self, handle: RegionHandle, data: bytes, tid: int
@@ -286,12 +339,14 @@ class Ioctls:
             raise Unsupported("this mount does not watch ranges: it has no gate")
         return _then_done(self._watch(handle.file, args, handle.actor(tid)))
 
-    def _sync(self, handle: RegionHandle, data: bytes, _tid: int) -> IoctlReply:
+    def _sync(self, handle: RegionHandle, data: bytes, tid: int) -> Awaitable[IoctlReply]:
         args = _unpack(SyncArgs, data)
-        handle.file.region.check_range(args.region_offset, args.size)
+        end = handle.file.region.check_range(args.region_offset, args.size)
         if args.flags or args.reserved:
             raise BadArgument("flags and reserved must be zero")
-        raise Unsupported("this mount has no file objects to sync")
+        if not self._features & Feature.FILE_OBJECTS:
+            raise Unsupported("this mount has no file objects to sync")
+        return _then_done(self._contents.sync(handle.file, args.region_offset, end, tid))
 
 
 def _check_notify(args: NotifyArgs) -> None:

@@ -110,6 +110,11 @@ static void objects(int fd, const char *root, const char *elsewhere)
 	int reader = open("/etc/passwd", O_RDONLY), dir = open("/", O_RDONLY);
 	int null = open("/dev/null", O_RDWR), place = open("/etc/passwd", O_PATH);
 	int writer = open("/tmp", O_TMPFILE | O_WRONLY, 0600), file = memfd_create("object", 0);
+	struct mshare_info_args info = { 0 };
+	struct mshare_query found;
+	struct stat object;
+	int shown;
+	char byte;
 
 	is("pipe2", pipe(pipes), 0);
 	is("socketpair", socketpair(AF_UNIX, SOCK_STREAM, 0, sockets), 0);
@@ -131,7 +136,22 @@ static void objects(int fd, const char *root, const char *elsewhere)
 		is("object: secret memory", map(fd, 0, PAGE, PROT_READ, flags, secret), -EINVAL);
 	else
 		printf("skip object: secret memory: memfd_secret: %s\n", strerror(errno));
-	is("object: a good file", map(fd, 0, PAGE, RW, flags, file), -EOPNOTSUPP);
+	is("info", R(ioctl(fd, MSHAREFS_INFO, &info)), 0);
+	shown = info.features & MSHAREFS_FEATURE_FILE_OBJECTS;
+	is("object: a good file", map(fd, 0, PAGE, RW, flags, file), shown ? 0 : -EOPNOTSUPP);
+	if (shown) {
+		is("object: read beyond its end", R(pread(fd, &byte, 1, 0)), -ENXIO);
+		is("object: write beyond its end", R(pwrite(fd, "x", 1, 0)), -ENXIO);
+		is("object: size", ftruncate(file, 100), 0);
+		is("object: write, short", R(pwrite(fd, "xyz", 3, 98)), 2);
+		is("object: read of the file", R(pread(file, &byte, 1, 99)), 1);
+		is("object: what was written", byte, 'y');
+		is("object: query", query(fd, 0, 0, &found), 0);
+		is("object: query: kind", found.kind, MSHAREFS_KIND_FILE);
+		is("object: stat", fstat(file, &object), 0);
+		is("object: query: inode", found.object_ino == object.st_ino, 1);
+		is("object: unmap", unmap(fd, 0, PAGE), 0);
+	}
 	is("nothing came of it", access(at(root, "r"), F_OK), 0);
 }
 
@@ -289,7 +309,10 @@ static void watching(int fd)
 	sync.reserved = 1;
 	is("sync: reserved", R(ioctl(fd, MSHAREFS_SYNC, &sync)), -EINVAL);
 	sync.reserved = 0;
-	is("sync", R(ioctl(fd, MSHAREFS_SYNC, &sync)), -EOPNOTSUPP);
+	good = info.features & MSHAREFS_FEATURE_FILE_OBJECTS ? 0 : -EOPNOTSUPP;
+	is("sync", R(ioctl(fd, MSHAREFS_SYNC, &sync)), good);
+	sync.region_offset = 1;
+	is("sync: unaligned", R(ioctl(fd, MSHAREFS_SYNC, &sync)), -EINVAL);
 	is("info: alignment", (long)info.alignment, PAGE);
 	is("info: size", (long)info.region_size, 16 * PAGE);
 	is("unknown command", R(ioctl(fd, _IO('x', 0x1f), 0)), -ENOTTY);
