@@ -21,6 +21,7 @@ from .wire import (
     CopyRequest,
     FallocateRequest,
     Frame,
+    FsyncRequest,
     GetxattrRequest,
     IoctlRequest,
     OpenRequest,
@@ -200,6 +201,7 @@ def _describe(request: Request) -> str:
     if isinstance(
         request,
         FallocateRequest
+        | FsyncRequest
         | ReadRequest
         | WriteRequest
         | SeekRequest

@@ -21,6 +21,8 @@ from .wire import (
     FALLOCATE_IN,
     FORGET_IN,
     FORGET_ONE_SIZE,
+    FSYNC_DATA_ONLY,
+    FSYNC_IN,
     GETXATTR_IN,
     IN_HEADER,
     IN_SIZE,
@@ -37,6 +39,7 @@ from .wire import (
     CopyRequest,
     FallocateRequest,
     Frame,
+    FsyncRequest,
     GetxattrRequest,
     InitFlag,
     InitRequest,
@@ -130,6 +133,13 @@ def _fallocate(frame: Frame, size: int, header: _Header) -> FallocateRequest:
     fh, offset, length, mode, _pad = FALLOCATE_IN.unpack_from(frame, IN_SIZE)
     _, unique, nodeid, uid, gid, pid = header
     return FallocateRequest(unique, nodeid, uid, gid, pid, fh, offset, length, mode)
+
+
+def _fsync(frame: Frame, size: int, header: _Header) -> FsyncRequest:
+    _need(size, FSYNC_IN.size, header)
+    fh, flags, _pad = FSYNC_IN.unpack_from(frame, IN_SIZE)
+    _, unique, nodeid, uid, gid, pid = header
+    return FsyncRequest(unique, nodeid, uid, gid, pid, fh, bool(flags & FSYNC_DATA_ONLY))
 
 
 def _read(frame: Frame, size: int, header: _Header) -> ReadRequest:
@@ -267,7 +277,7 @@ _DECODERS: Final[dict[int, _Decoder]] = {
     Opcode.WRITE: _write,
     Opcode.STATFS: _plain(0),
     Opcode.RELEASE: _release,
-    Opcode.FSYNC: _plain(16),
+    Opcode.FSYNC: _fsync,
     Opcode.SETXATTR: _setxattr,
     Opcode.GETXATTR: _getxattr,
     Opcode.LISTXATTR: _listxattr,

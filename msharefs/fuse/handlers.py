@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .wire import (
         CopyRequest,
         FallocateRequest,
+        FsyncRequest,
         GetxattrRequest,
         IoctlRequest,
         ReadRequest,
@@ -112,7 +113,7 @@ class Handlers:
     any kind becomes ``errno_of(exception, what was being done)`` for that one request.
 
     ``read``, ``write`` and ``copy`` (which return how many bytes they took), ``seek`` (the offset
-    found) and ``getxattr`` may leave a request to the filesystem: `FORWARD`. Of seek and copy
+    found), ``fsync`` and ``getxattr`` may leave a request to the filesystem: `FORWARD`. Of seek and copy
     pyfuse3 knows nothing, and one of them that is forwarded is the last that the kernel sends.
     ``getxattr`` returns the value, whatever the caller's buffer holds (ERANGE if that is too
     small). ``opened`` is asked about each file that the filesystem has opened;
@@ -133,6 +134,7 @@ class Handlers:
     getxattr: Callable[[GetxattrRequest], bytes | Awaitable[bytes] | Forward] = lambda _request: (
         FORWARD
     )
+    fsync: Callable[[FsyncRequest], Awaitable[None] | Forward | None] = lambda _request: FORWARD
     seek: Callable[[SeekRequest], int | Awaitable[int] | Forward] = lambda _request: FORWARD
     copy: Callable[[CopyRequest], int | Awaitable[int] | Forward] = lambda _request: FORWARD
     released: Callable[[int], None] = lambda _fh: None

@@ -43,6 +43,7 @@ from .wire import (
     CopyRequest,
     FallocateRequest,
     Frame,
+    FsyncRequest,
     GetxattrRequest,
     InitRequest,
     InterruptRequest,
@@ -130,6 +131,7 @@ class Router:
         self._routes: dict[type, Callable[[Any, Frame], None]] = {
             IoctlRequest: served.ioctl,
             FallocateRequest: served.fallocate,
+            FsyncRequest: served.fsync,
             ReadRequest: self._on_read,
             WriteRequest: served.write,
             GetxattrRequest: served.getxattr,

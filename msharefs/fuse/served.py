@@ -1,4 +1,4 @@
-"""The opcodes that the handlers answer: ioctl, fallocate, read, write, getxattr, lseek, copy.
+"""The opcodes that the handlers answer: ioctl, fallocate, fsync, read, write, getxattr, lseek, copy.
 
 A handler's value is checked for what the kernel would take, and answered; a value that is still to
 come is left to a task (`Answers.start`).
@@ -18,6 +18,7 @@ from .wire import (
     CopyRequest,
     FallocateRequest,
     Frame,
+    FsyncRequest,
     GetxattrRequest,
     IoctlRequest,
     ReadRequest,
@@ -60,6 +61,18 @@ class Served:
                 self._finish_fallocate(request, value)
             else:
                 self._answers.start(request, value, self._finish_fallocate)
+        except Exception as exc:  # noqa: BLE001 - errno_of is the boundary
+            self._answers.refuse(request, self._answers.errno_of(exc, request))
+
+    def fsync(self, request: FsyncRequest, frame: Frame) -> None:
+        try:
+            value = self._handlers.fsync(request)
+            if value is FORWARD:
+                self._forward(request, frame)
+            elif value is None:
+                self._finish_fsync(request, value)
+            else:
+                self._answers.start(request, value, self._finish_fsync)
         except Exception as exc:  # noqa: BLE001 - errno_of is the boundary
             self._answers.refuse(request, self._answers.errno_of(exc, request))
 
@@ -136,6 +149,11 @@ class Served:
     def _finish_fallocate(self, request: FallocateRequest, value: object) -> None:
         if value is not None:
             raise TypeError(f"the handler of FALLOCATE returned {value!r}")
+        self._answers.write(build_reply(request.unique))
+
+    def _finish_fsync(self, request: FsyncRequest, value: object) -> None:
+        if value is not None:
+            raise TypeError(f"the handler of FSYNC returned {value!r}")
         self._answers.write(build_reply(request.unique))
 
     def _finish_read(self, request: ReadRequest, value: object) -> None:

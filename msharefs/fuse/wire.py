@@ -38,6 +38,7 @@ ENTRY_OUT_SIZE: Final = 128
 RELEASE_IN: Final = struct.Struct("<QIIQ")
 READ_IN: Final = struct.Struct("<QQIIQII")
 """fh, offset, size, read_flags, lock_owner, the file's flags, padding. Also READDIR, WRITE."""
+FSYNC_DATA_ONLY: Final = 1
 READ_LOCKOWNER: Final = 2
 """In read_flags: the owner is given, which read(2) of an uncached file gives and a cache does not."""
 NOTIFY_INVAL_INODE: Final = struct.Struct("<Qqq")
@@ -52,6 +53,7 @@ IOCTL_OUT: Final = struct.Struct("<iIII")
 """result, flags, in_iovs, out_iovs."""
 FALLOCATE_IN: Final = struct.Struct("<QQQII")
 """fh, offset, length, mode, padding."""
+FSYNC_IN: Final = struct.Struct("<QII")
 LSEEK_IN: Final = struct.Struct("<QQII")
 """fh, offset, whence, padding."""
 LSEEK_OUT: Final = struct.Struct("<Q")
@@ -304,6 +306,21 @@ class GetxattrRequest:
 
 
 @attrs.define
+class FsyncRequest:
+    """FUSE_FSYNC. ``data_only``: fdatasync(2)."""
+
+    opcode: ClassVar = Opcode.FSYNC
+
+    unique: int
+    nodeid: int
+    uid: int
+    gid: int
+    pid: int
+    fh: int
+    data_only: bool
+
+
+@attrs.define
 class SeekRequest:
     """FUSE_LSEEK. ``whence`` is SEEK_DATA or SEEK_HOLE: the kernel sees to the others."""
 
@@ -406,6 +423,7 @@ class OtherRequest:
 Request: TypeAlias = (
     IoctlRequest
     | FallocateRequest
+    | FsyncRequest
     | ReadRequest
     | WriteRequest
     | GetxattrRequest

@@ -14,6 +14,7 @@ Leaves out: which files may be taken (``examine.py``), what of them may be seen 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -36,6 +37,14 @@ RWF_NOAPPEND: Final = 0x20
 """pwritev2(2), Linux 6.9."""
 THREADS: Final = 8
 """Calls that may wait for one file at once; more wait their turn, and for no other file."""
+
+_stamps: Final = itertools.count(1)
+
+
+def stamp() -> int:
+    """A number larger than any before."""
+    return next(_stamps)
+
 
 LOOK_AGAIN: Final = 0.1
 """Seconds between two looks at whether a cancelled caller still wants to wait."""
@@ -61,6 +70,9 @@ class FileObject:
     """Whether the open file description is ours alone."""
     _limiter: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(THREADS))
     _lock: threading.Lock = attrs.field(factory=threading.Lock)
+    failure: tuple[int, ObjectFailed] | None = None
+    """The last sync that failed, with the :func:`stamp` of it. The kernel tells of a lost write
+    once for each open file description, and that is all our callers' one."""
     _users: int = 0
     _retired: bool = False
 
@@ -118,8 +130,12 @@ class FileObject:
 
     def sync(self, *, data_only: bool = False) -> None:
         """fsync(2), or fdatasync(2). May block, and may tell of a write that failed earlier."""
-        with self._failing("fsync"):
-            (os.fdatasync if data_only else os.fsync)(self.fd)
+        try:
+            with self._failing("fsync"):
+                (os.fdatasync if data_only else os.fsync)(self.fd)
+        except ObjectFailed as error:
+            self.failure = stamp(), error
+            raise
 
     async def in_thread(
         self,
@@ -127,18 +143,24 @@ class FileObject:
         go_on: Callable[[], bool] = lambda: False,
         *,
         beside: FileObject | None = None,
+        ended: Callable[[], None] = lambda: None,
     ) -> T:
         """Run what may block, with the file (and the one ``beside`` it) kept open for it.
 
         Once cancelled it is waited for only as long as ``go_on`` says; without us it goes on to
-        its end all the same.
+        its end all the same. At that end, or if it never begins, ``ended`` is called.
         """
         token, ticket = trio.lowlevel.current_trio_token(), object()
-        await self._limiter.acquire_on_behalf_of(ticket)
+        try:
+            await self._limiter.acquire_on_behalf_of(ticket)
+        except BaseException:
+            ended()
+            raise
         done, outcomes = trio.Event(), []
 
         def finish(outcome: Outcome[T]) -> None:
             self._limiter.release_on_behalf_of(ticket)
+            ended()
             outcomes.append(outcome)
             done.set()
 

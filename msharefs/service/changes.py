@@ -32,6 +32,7 @@ from msharefs.region.pages import page_up
 from msharefs.region.spans import SpanSet
 from msharefs.region.watch import Watches
 from msharefs.service.eventlog import Reader
+from msharefs.service.stores import Stores
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 INLINE_DROP: Final = 4 << 20
 """Bytes. A hole up to this size is punched in the loop (under a millisecond, and a switch to a
 thread costs a tenth of that each way); a larger one that holds data is punched by a thread."""
+STORES_LIMIT: Final = 1.0
+"""Seconds that a change waits for stores to file objects which it forbids from then on."""
 T = TypeVar("T")
 _HOLDING_NOTHING: Final = contextlib.nullcontext()
 
@@ -58,6 +61,7 @@ class RegionState:
     ring: Ring
     lock: trio.Lock = attrs.field(factory=trio.Lock)
     watches: Watches = attrs.field(factory=Watches)
+    stores: Stores = attrs.field(factory=Stores)
     by_fault: SpanSet = attrs.field(factory=SpanSet)
     """What is read-only by write-protection from outside, not by the mappings themselves."""
     counters: dict[str, int] = attrs.field(factory=dict)
@@ -154,6 +158,8 @@ class Changes:
             return self._change_slowly(file, state, plan, event)
         if self.enforcer is not None and (len(state.watches) or not self.enforcer.idle(file)):
             return self._change_slowly(file, state, plan, event)
+        if state.stores.forbidden(change.ranges):
+            return self._change_slowly(file, state, plan, event)
         if not _moves_memory(change):
             with self._holding(change):
                 file.region.apply(change)
@@ -236,6 +242,7 @@ class Changes:
             begun = True
             state.by_fault, state.watches = after.by_fault, after.watches
             with trio.CancelScope(shield=True):
+                await state.stores.settle(change.ranges, STORES_LIMIT)
                 await _drop_in_thread(file, list(_dropped(change)))
                 await move.widen()
         except BaseException:
@@ -358,6 +365,7 @@ class Changes:
             begun = True
             state.by_fault, state.watches = after.by_fault, after.watches
             with trio.CancelScope(shield=True):
+                await state.stores.settle(resize.change.ranges, STORES_LIMIT)
                 await trio.to_thread.run_sync(file.backing.resize, resize.new_size)
                 await move.widen()
         except BaseException:

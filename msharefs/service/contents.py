@@ -13,6 +13,7 @@ Leaves out: memory that comes with a change of size (``Changes.growing``), event
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from msharefs.memory.objects import FileObject, Objects
+    from msharefs.service.changes import Changes
+    from msharefs.service.handles import RegionHandle
     from msharefs.service.nodes import RegionFile
 
 PATIENCE: Final = 10.0
@@ -53,7 +56,11 @@ class Piece:
 class Contents:
     """Those of one mount's regions. Offsets and lengths in bytes, within a region."""
 
-    _objects: Objects
+    _changes: Changes
+
+    @property
+    def _objects(self) -> Objects:
+        return self._changes.objects
 
     def clear(self, file: RegionFile, offset: int, length: int) -> int:
         """How many bytes from ``offset`` on, up to ``length``, no file lies in."""
@@ -150,7 +157,7 @@ class Contents:
                 if piece.shown is None:
                     count = work()
                 else:
-                    count = await piece.shown.in_thread(work, go_on)
+                    count = await self._storing(file, now, piece, work, go_on)
             except (RegionError, OSError):
                 if written:
                     break
@@ -159,6 +166,23 @@ class Contents:
             if count < piece.length:
                 break
         return written
+
+    async def _storing(
+        self,
+        file: RegionFile,
+        offset: int,
+        piece: Piece,
+        work: Callable[[], int],
+        go_on: Callable[[], bool],
+        *,
+        beside: FileObject | None = None,
+    ) -> int:
+        """A store to a file, of which a change that would forbid it must know."""
+        assert piece.shown is not None
+        stores = self._changes.state(file).stores
+        store = stores.begin(offset, offset + piece.length)
+        ended = partial(stores.end, store)
+        return await piece.shown.in_thread(work, go_on, beside=beside, ended=ended)
 
     @staticmethod
     def _store(file: RegionFile, piece: Piece, data: memoryview) -> int:
@@ -198,7 +222,7 @@ class Contents:
             length = target.region.writable(target_offset, len(data))
             return target.backing.write(target_offset, data[:length])
         work = partial(_copy, give, take)
-        return await give.shown.in_thread(work, go_on, beside=take.shown)
+        return await self._storing(target, target_offset, take, work, go_on, beside=give.shown)
 
     # -- lseek()
 
@@ -219,33 +243,37 @@ class Contents:
     # -- fsync()
 
     async def sync(
-        self, file: RegionFile, start: int, end: int, tid: int, *, data_only: bool = False
+        self, handle: RegionHandle, start: int, end: int, tid: int, *, data_only: bool = False
     ) -> None:
         """Write the files in a range to their storage, as far as stores can have changed them.
 
-        All are tried. Raises ObjectFailed with what the first of them said.
+        All are tried. Raises ObjectFailed with what the first of them said, and tells through each
+        descriptor of each failure, also of one that somebody else's call has met.
         """
         found: dict[int, FileObject] = {}
-        for mapping in file.region.table.overlapping(start, end):
+        for mapping in handle.file.region.table.overlapping(start, end):
             if mapping.object.kind is Kind.FILE:
                 shown = self._objects.of(mapping.object.ident)
                 if shown.writable:
                     found[shown.ident] = shown
-        failures: dict[int, RegionError] = {}
         go_on = _while_alive(tid)
 
         async def one(shown: FileObject) -> None:
-            try:
+            with contextlib.suppress(ObjectFailed):  # it is remembered
                 await shown.in_thread(partial(shown.sync, data_only=data_only), go_on)
-            except RegionError as error:
-                failures[shown.ident] = error
 
         async with trio.open_nursery() as nursery:
             for shown in found.values():
                 nursery.start_soon(one, shown)
-        for ident in found:
-            if ident in failures:
-                raise failures[ident]
+        failures: list[ObjectFailed] = []
+        for shown in found.values():
+            if shown.failure is not None:
+                when, failure = shown.failure
+                if when > handle.told.get(shown.ident, handle.since):
+                    handle.told[shown.ident] = when
+                    failures.append(failure)
+        if failures:
+            raise failures[0]
 
 
 def _while_alive(tid: int) -> Callable[[], bool]:

@@ -117,7 +117,7 @@ async def _serve(
                 number, options, changes, notifications, namespace.find_region, gate.lsm
             )
         hold = _hold(enforcement, gate.kind)
-        contents = Contents(changes.objects)
+        contents = Contents(changes)
         files = Files(handles, changes, contents, notifications, namespace.leaving, hold)
         features = FEATURES | (Feature.HUGE if options.huge not in {None, "never"} else Feature(0))
         if enforcement is not None:
@@ -132,7 +132,7 @@ async def _serve(
             notify=_notify(enforcement, notifications),
             region_devices=_region_devices,
         )
-        operations = Filesystem(namespace, handles, changes, contents, store, notifications.holds)
+        operations = Filesystem(namespace, handles, changes, store, notifications.holds)
         if enforcement is not None:
             operations.standing = enforcement.standing
         handlers = Handlers(
@@ -140,6 +140,7 @@ async def _serve(
             fallocate=files.fallocate,
             read=files.read,
             write=files.write,
+            fsync=files.fsync,
             seek=files.seek,
             copy=files.copy,
             opened=files.opened,

@@ -123,6 +123,7 @@ def errno_of(error: BaseException, what: str) -> int:
     if isinstance(error, pyfuse3.FUSEError):
         return error.errno
     if isinstance(error, region.ObjectFailed):
+        log.info("%s: %s", what, error)
         return error.code
     for kind in type(error).__mro__:
         if kind in ERRNO_OF:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from msharefs.fuse.wire import (
         CopyRequest,
         FallocateRequest,
+        FsyncRequest,
         ReadRequest,
         SeekRequest,
         WriteRequest,
@@ -204,6 +205,15 @@ class Files:
                 raise AccessHole(f"no data from {request.offset:#x} on") from None
             raise
         return min(found, handle.file.region.size)
+
+    def fsync(self, request: FsyncRequest) -> Awaitable[None] | None:
+        """The files that lie in the region, to their storage; memory has none."""
+        handle = self._handles.get(request.fh)
+        if not isinstance(handle, RegionHandle) or not handle.file.region.table.files:
+            return None
+        limit, tid = handle.file.region.limit, request.pid
+        later = self._contents.sync(handle, 0, limit, tid, data_only=request.data_only)
+        return self._changes.waited_for(handle.actor(tid), later)
 
     async def copy(self, request: CopyRequest) -> int:
         """copy_file_range(2) between two files of the mount: how many bytes were copied."""

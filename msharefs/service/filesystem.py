@@ -70,7 +70,6 @@ if TYPE_CHECKING:
 
     from msharefs.memory.store import Store
     from msharefs.service.changes import Changes
-    from msharefs.service.contents import Contents
     from msharefs.service.holds import Holds
 
 FOR_EVER: Final = 86_400.0
@@ -93,7 +92,6 @@ class Filesystem(pyfuse3.Operations):
         namespace: Namespace,
         handles: Handles,
         changes: Changes,
-        contents: Contents,
         store: Store,
         holds: Holds,
     ) -> None:
@@ -102,7 +100,6 @@ class Filesystem(pyfuse3.Operations):
         self._control = ControlTree(namespace)
         self._handles = handles
         self._changes = changes
-        self._contents = contents
         self._store = store
         self._holds = holds
         self.standing: Callable[[int, int], Standing | None] = lambda _ino, _pid: Standing()
@@ -321,13 +318,6 @@ class Filesystem(pyfuse3.Operations):
 
     async def release(self, fh: int) -> None:
         self.close(fh)
-
-    async def fsync(self, fh: int, datasync: bool) -> None:
-        """To the storage of the files that lie in the region; its own memory has none."""
-        handle = self._handles.get(fh)
-        if isinstance(handle, RegionHandle):
-            file = handle.file
-            await self._contents.sync(file, 0, file.region.limit, 0, data_only=datasync)
 
     async def poll(
         self, inode: int, fh: int, poll_handle: PollHandle | None, ctx: RequestContext

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from msharefs.clients.identity import identify
+from msharefs.memory.objects import stamp
 from msharefs.region.region import READ_ONLY, READ_WRITE, WRITE_ONLY
 from msharefs.service.errors import NotOpenForThat
 
@@ -36,6 +37,10 @@ class RegionHandle:
 
     file: RegionFile
     access: Prot
+    since: int = attrs.field(factory=stamp)
+    told: dict[int, int] = attrs.field(factory=dict)
+    """Up to which failure (``FileObject.failure``) fsync() has told of each file object; of none
+    from before this descriptor was opened, as with any file."""
     _actors: dict[int, Actor] = attrs.field(factory=dict)
 
     def actor(self, tid: int) -> Actor:

@@ -346,7 +346,7 @@ class Ioctls:
             raise BadArgument("flags and reserved must be zero")
         if not self._features & Feature.FILE_OBJECTS:
             raise Unsupported("this mount has no file objects to sync")
-        return _then_done(self._contents.sync(handle.file, args.region_offset, end, tid))
+        return _then_done(self._contents.sync(handle, args.region_offset, end, tid))
 
 
 def _check_notify(args: NotifyArgs) -> None:

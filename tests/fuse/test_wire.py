@@ -208,6 +208,9 @@ def test_request_values():
         build_request(Opcode.FALLOCATE, 2, 9, struct.pack("<QQQII", 1, 10, 20, 3, 0))
     )
     assert (allocate.fh, allocate.offset, allocate.length, allocate.mode) == (1, 10, 20, 3)
+    for flags in (0, 1):
+        sync = decode_request(build_request(Opcode.FSYNC, 2, 9, struct.pack("<QII", 4, flags, 0)))
+        assert (sync.fh, sync.data_only) == (4, bool(flags))
     write = decode_request(
         build_request(Opcode.WRITE, 2, 9, struct.pack("<QQIIQII", 1, 4096, 3, 0, 0, 2, 0) + b"abc")
     )
