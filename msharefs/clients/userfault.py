@@ -84,6 +84,7 @@ class Feature(IntFlag):
     EXACT_ADDRESS = 1 << 11
     WP_HUGETLBFS_SHMEM = 1 << 12
     POISON = 1 << 14
+    WP_ASYNC = 1 << 15
 
 
 NEEDED: Final = (
@@ -232,12 +233,12 @@ class Userfault:
     user_mode_only: bool
 
     @classmethod
-    def negotiate(cls, fd: int, *, user_mode_only: bool) -> Userfault:
+    def negotiate(cls, fd: int, *, user_mode_only: bool, features: Feature = NEEDED) -> Userfault:
         """Take over a descriptor that was just made. Raises UserfaultUnavailable, closes it then.
 
         Needs CAP_SYS_PTRACE (EVENT_FORK).
         """
-        buffer = bytearray(_THREE.pack(_API_VERSION, int(NEEDED), 0))
+        buffer = bytearray(_THREE.pack(_API_VERSION, int(features), 0))
         try:
             fcntl.ioctl(fd, _API, buffer)
         except OSError as error:
