@@ -18,6 +18,7 @@ Source: proc(5), proc_loadavg(5), proc_stat(5).
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -27,7 +28,15 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from msharefs.clients.gone import Gone
-from msharefs.clients.procmap import READ_FLAGS, MappedRange, all_mappings, shared_mappings
+from msharefs.clients.procmap import (
+    READ_FLAGS,
+    MappedRange,
+    all_mappings,
+    look_at_many,
+    many_at_once,
+    shared_mappings,
+    unpacked,
+)
 from msharefs.clients.space import by_inode
 
 if TYPE_CHECKING:
@@ -131,8 +140,19 @@ class Census:
 
     def _look_at(self, ids: Iterable[int], *, private: bool) -> list[Found]:
         us, at = self._us, self.at
-        looks = (at(pid, private=private) for pid in ids if pid != us)
-        return [found for found in looks if found is not None]
+        if private or not many_at_once():
+            looks = (at(pid, private=private) for pid in ids if pid != us)
+            return [found for found in looks if found is not None]
+        pids = [pid for pid in ids if pid != us]
+        answers = look_at_many(pids, self.device, proc=self._proc) if pids else []
+        found: list[Found] = []
+        for pid, answer in zip(pids, answers, strict=True):
+            if isinstance(answer, bytes):
+                if answer:
+                    found.append(Found(pid, by_inode(unpacked(pid, answer))))
+            elif answer == errno.ESRCH and (mapped := self._look_at_threads(pid, private)):
+                found.append(Found(pid, by_inode(mapped)))
+        return found
 
     def _look(self, pid: int, path: str, private: bool) -> list[MappedRange] | None:
         try:

@@ -14,6 +14,7 @@ try:
         STUCK,
         borrow_many,
         carry_out_many,
+        look_at_many,
     )
 except ImportError as error:
     present = False
@@ -22,4 +23,14 @@ else:
     present = True
     why = ""
 
-__all__ = ["GONE", "PENDING", "SLOW", "STUCK", "borrow_many", "carry_out_many", "present", "why"]
+__all__ = [
+    "GONE",
+    "PENDING",
+    "SLOW",
+    "STUCK",
+    "borrow_many",
+    "carry_out_many",
+    "look_at_many",
+    "present",
+    "why",
+]

@@ -22,14 +22,18 @@ import functools
 import os
 import re
 import struct
+from array import array
 from typing import TYPE_CHECKING, Final
 
 import attrs
 
+from msharefs.clients import native
 from msharefs.clients.gone import Gone
 from msharefs.region.mapping import PROTS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from msharefs.abi import Prot
 
 PROCMAP_QUERY: Final = 0xC0686611
@@ -46,6 +50,9 @@ _ADDRESS_AT: Final = 16
 # vma_start, vma_end, vma_flags, vma_page_size, vma_offset, inode, dev_major, dev_minor
 _ANSWER: Final = struct.Struct("<QQQQQQII")
 _ANSWER_AT: Final = 24
+
+# What the compiled module says of one mapping: start, end, protection, offset, inode.
+_MAPPED: Final = struct.Struct("=QQQQQ")
 
 _LINE: Final = rb"^([0-9a-f]+)-([0-9a-f]+) (...)([sp]) ([0-9a-f]+) %02x:%02x ([0-9]+)"
 
@@ -133,6 +140,29 @@ def all_mappings(maps: int, pid: int, device: int) -> list[MappedRange]:
             int(inode),
         )
         for start, end, prot, sharing, offset, inode in _lines_of(device).findall(text)
+    ]
+
+
+def many_at_once() -> bool:
+    """Whether there is :func:`look_at_many`."""
+    return native.present and has_query()
+
+
+def look_at_many(whom: Iterable[int], device: int, *, proc: int = -1) -> list[bytes | int]:
+    """:func:`shared_mappings` of many: for each what :func:`unpacked` reads, or an errno.
+
+    ``whom``: open files /proc/PID/maps; or, with the directory ``proc`` open, process ids. ESRCH:
+    the address space has ended; of a process id, its first thread has before the others.
+    """
+    packed = array("i", whom).tobytes()
+    return native.look_at_many(packed, proc, os.major(device), os.minor(device))
+
+
+def unpacked(pid: int, answer: bytes) -> list[MappedRange]:
+    """What :func:`look_at_many` has found of process ``pid``."""
+    return [
+        MappedRange(pid, start, end, PROTS[prot], True, offset, inode)
+        for start, end, prot, offset, inode in _MAPPED.iter_unpack(answer)
     ]
 
 

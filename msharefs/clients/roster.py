@@ -12,6 +12,7 @@ Leaves out: finding clients (census.py, the gates), changing them. Not for use b
 from __future__ import annotations
 
 import select
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ import attrs
 import trio
 
 from msharefs.clients.gone import Gone
-from msharefs.clients.space import AddressSpace
+from msharefs.clients.space import AddressSpace, files_of
 from msharefs.region.mapping import PROTS
 
 if TYPE_CHECKING:
@@ -233,7 +234,7 @@ class Roster:
     async def strangers(self) -> None:
         """Look at every process that is not known, and put on the roster who maps a region."""
         async with self._surveying:
-            known = {client.pid for client in self}
+            known = {client.space.pid for client in self._by_pidfd.values()}
             self._meet(await trio.to_thread.run_sync(lambda: self._census.full(known=known)))
 
     def _meet(self, found: Iterable[Found]) -> list[Client]:
@@ -268,16 +269,17 @@ class Roster:
     def _look_again(
         self, before: list[tuple[Client, int]], private: bool
     ) -> list[tuple[Client, int, _Files | None]]:
+        found: list[_Files | None] = [{}] * len(before)
+        if not private:
+            found = files_of([client.space for client, _ in before], self._device)
         looks: list[tuple[Client, int, _Files | None]] = []
-        for client, met in before:
-            try:
-                files = client.space.files(self._device, private=private)
-                if not private and not client.regions.keys() <= files.keys():
+        for (client, met), shared in zip(before, found, strict=True):
+            files = shared
+            if shared is not None and (private or not client.regions.keys() <= shared.keys()):
+                with suppress(Gone):
+                    files = None
                     files = client.space.files(self._device, private=True)
-            except Gone:
-                looks.append((client, met, None))
-            else:
-                looks.append((client, met, files))
+            looks.append((client, met, files))
         return looks
 
     def _update(self, client: Client, met: int, files: _Files | None) -> None:
@@ -288,6 +290,8 @@ class Roster:
             if not self._pass_on(client):
                 self.forget(client)
             return
+        if files is client.files and client.looked == met and len(files) == len(client.regions):
+            return  # by now it is attached to what it maps
         client.files, client.looked = files, met
         self._attach(client, self._regions(files))
         gone = [i for i, at in client.regions.items() if i not in files and not at.arriving]

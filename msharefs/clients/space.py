@@ -20,7 +20,7 @@ import select
 import stat
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import attrs
 
@@ -31,14 +31,20 @@ from msharefs.clients.procmap import (
     all_mappings,
     check_alive,
     has_query,
+    look_at_many,
+    many_at_once,
     shared_mappings,
+    unpacked,
 )
 from msharefs.region.mapping import PROTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from msharefs.clients.procmap import MappedRange
+
+    Files: TypeAlias = dict[int, list[MappedRange]]
+    """Mappings by the inode of the file they show."""
 
 SYS_KCMP: Final = 312
 """x86-64, as all that is done to clients."""
@@ -46,6 +52,9 @@ KCMP_VM: Final = 1
 
 FEW: Final = 16
 """Mappings, up to which it is no use to look at some of them alone."""
+
+REMEMBERED: Final = 4
+"""Answers of a process, of which two come by turns when a right is taken and given back."""
 
 READ_EXEC: Final = int(Prot.READ | Prot.EXEC)
 WRITE: Final = int(Prot.WRITE)
@@ -81,6 +90,7 @@ class AddressSpace:
             os.close(self._pidfd)
             raise
         self._layouts: dict[tuple[int, int], tuple[_Run, ...]] = {}
+        self._seen: dict[tuple[int, bytes], Files] = {}
         self._lock = threading.Lock()
         self._users = 1
         self._closed = False
@@ -124,9 +134,18 @@ class AddressSpace:
             found = _showing(found, part)
         return found
 
-    def files(self, device: int, *, private: bool = False) -> dict[int, list[MappedRange]]:
+    def files(self, device: int, *, private: bool = False) -> Files:
         """The mappings of all files on ``device`` by inode, lowest address first. Raises Gone."""
         return by_inode(self._look(device, private=private))
+
+    def read(self, device: int, answer: bytes) -> Files:
+        """:meth:`files`, from what ``look_at_many`` says; the same object for the same answer."""
+        files = self._seen.get((device, answer))
+        if files is None:
+            if len(self._seen) >= REMEMBERED:
+                self._seen.clear()
+            files = self._seen[device, answer] = by_inode(unpacked(self.pid, answer))
+        return files
 
     def may(self, window: MappedRange) -> Prot:
         """What mprotect() could at most give ``window``, by the mode its descriptor had.
@@ -272,9 +291,45 @@ def _showing(windows: list[MappedRange], part: tuple[int, int]) -> list[MappedRa
     return [w for w in windows if w.offset < end and start < w.offset + w.end - w.start]
 
 
-def by_inode(found: list[MappedRange]) -> dict[int, list[MappedRange]]:
+def files_of(spaces: Sequence[AddressSpace], device: int) -> list[Files | None]:
+    """:meth:`AddressSpace.files` of many at once; None of one that has ended.
+
+    Who has mapped the same as one of the last times gets the same object.
+    """
+    if not many_at_once():
+        return [_files_or_none(space, device) for space in spaces]
+    found: list[Files | None] = [None] * len(spaces)
+    entered: list[int] = []
+    maps: list[int] = []
+    try:
+        for index, space in enumerate(spaces):
+            try:
+                maps.append(space.enter())
+            except Gone:
+                continue
+            entered.append(index)
+        answers = look_at_many(maps, device)
+    finally:
+        for index in entered:
+            spaces[index].leave()
+    for index, answer in zip(entered, answers, strict=True):
+        if isinstance(answer, bytes):
+            found[index] = spaces[index].read(device, answer)
+        elif answer != errno.ESRCH:
+            raise OSError(answer, f"process {spaces[index].pid}: {os.strerror(answer)}")
+    return found
+
+
+def _files_or_none(space: AddressSpace, device: int) -> Files | None:
+    try:
+        return space.files(device)
+    except Gone:
+        return None
+
+
+def by_inode(found: list[MappedRange]) -> Files:
     """Sort mappings by the file they show; the order of each file's stays."""
-    files: dict[int, list[MappedRange]] = {}
+    files: Files = {}
     for mapped in found:
         files.setdefault(mapped.inode, []).append(mapped)
     return files

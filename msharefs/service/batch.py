@@ -346,7 +346,10 @@ class all_locks:  # noqa: N801 - used like a function
     async def __aenter__(self) -> None:
         try:
             for client in self._clients:
-                await client.lock.acquire()
+                try:
+                    client.lock.acquire_nowait()
+                except trio.WouldBlock:
+                    await client.lock.acquire()
                 self._held.append(client)
         except BaseException:
             self._release()
