@@ -13,9 +13,13 @@
  *
  * Leaves out: why (batch.py), which calls (replica.py), which client (roster.py).
  *
- * ptrace(2) binds a tracee to a thread, so each thread here has its own: it takes jobs from a
- * common counter, some WINDOW of them at a time, and sleeps in waitpid(2) until one of its tracees
+ * ptrace(2) binds a tracee to a thread, so each thread here has its own: it takes jobs that nobody
+ * has taken, some WINDOW of them at a time, and sleeps in waitpid(2) until one of its tracees
  * stops. A timer wakes it every now and then to look at the clock.
+ *
+ * Half of the time goes by with threads that wake one another, and from one processor to another
+ * that takes twice as long as on the same. So where there are few processors each gets a thread of
+ * ours, which stays there and begins with the clients that were last seen there.
  */
 #define _GNU_SOURCE
 #define PY_SSIZE_T_CLEAN
@@ -26,6 +30,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -56,6 +61,8 @@ struct job {
 	uint32_t first, count; /* its calls */
 	uint32_t disturbed;    /* set: the program sees that its call was interrupted */
 	int32_t maps;	       /* /proc/TID/maps, opened when it was the program meant; or -1 */
+	int32_t cpu;	       /* where it ran last, if that is known, and is known now; or -1 */
+	uint32_t known;	       /* set: it had no seccomp filter before, and is not asked again */
 };
 
 struct call {
@@ -100,7 +107,7 @@ struct batch {
 	pthread_cond_t reported;
 	unsigned running; /* threads that have not reported yet */
 	unsigned users;
-	atomic_uint next; /* the job to be taken next */
+	atomic_bool *taken; /* by job: a thread has it, or had */
 	uint32_t count;
 	int64_t deadline;
 	uint64_t own_device;
@@ -143,6 +150,9 @@ struct slot {
 
 struct worker {
 	struct batch *batch;
+	int cpu;       /* where it stays; -1: anywhere */
+	bool anyones;  /* past the jobs of its own processor */
+	uint32_t next; /* the job to look at next */
 	bool late; /* past the limit: nothing new is begun */
 	bool reported;
 	uint32_t used, old; /* slots; those of them that do not count for the window */
@@ -308,6 +318,23 @@ static bool has_ended(int maps)
 	       errno == ESRCH;
 }
 
+/* Where it was when it went on with its program last, as its rseq(2) area says; -1 if it has none. */
+static int last_cpu(pid_t tid)
+{
+	struct {
+		uint64_t pointer;
+		uint32_t size, signature, flags, pad;
+	} rseq = {0};
+	long word;
+
+	if (ptrace(PTRACE_GET_RSEQ_CONFIGURATION, tid, (void *)sizeof rseq, &rseq) < 0 ||
+	    !rseq.pointer)
+		return -1;
+	errno = 0;
+	word = ptrace(PTRACE_PEEKDATA, tid, rseq.pointer, NULL); /* cpu_id_start, cpu_id */
+	return errno ? -1 : (int)(word >> 32);
+}
+
 static void make_call(struct worker *w, struct slot *slot)
 {
 	struct call *call = &w->batch->calls[slot->call];
@@ -347,13 +374,17 @@ static void take(struct worker *w, struct slot *slot)
 		return;
 	}
 	slot->instruction = instruction_for(slot, job);
-	/* EINVAL: no filter. Strict mode is not told, but suspended. */
+	/* EINVAL: no filter. Strict mode is not told, but suspended. (Not before it has stopped: it
+	 * must not run a step without its filter.) */
 	if (!slot->instruction ||
-	    ptrace(PTRACE_SECCOMP_GET_FILTER, slot->tid, NULL, NULL) != -1 || errno != EINVAL ||
+	    (!job->known && (ptrace(PTRACE_SECCOMP_GET_FILTER, slot->tid, NULL, NULL) != -1 ||
+			     errno != EINVAL)) ||
 	    ptrace(PTRACE_SETOPTIONS, slot->tid, NULL, (void *)(OPTIONS | PTRACE_O_SUSPEND_SECCOMP))) {
 		let_go(w, slot, 0, SLOW);
 		return;
 	}
+	if (w->cpu >= 0 && !w->reported)
+		job->cpu = last_cpu(slot->tid);
 	if (job->maps >= 0 && has_ended(job->maps)) {
 		let_go(w, slot, 0, GONE);
 		return;
@@ -435,19 +466,35 @@ static bool is_single(pid_t tid, int *status)
 	return task.st_nlink == 3; /* "." and ".." and one thread */
 }
 
+/* The next job that nobody has, those of the own processor first; batch->count if there is none. */
+static uint32_t take_job(struct worker *w)
+{
+	struct batch *batch = w->batch;
+
+	for (;;) {
+		for (; w->next < batch->count; w->next++)
+			if ((w->anyones || batch->jobs[w->next].cpu == w->cpu) &&
+			    !atomic_load(&batch->taken[w->next]) &&
+			    !atomic_exchange(&batch->taken[w->next], true))
+				return w->next++;
+		if (w->anyones)
+			return batch->count;
+		w->anyones = true;
+		w->next = 0;
+	}
+}
+
 /* Take on one more client; false if there is none. */
 static bool begin(struct worker *w)
 {
 	struct batch *batch = w->batch;
-	uint32_t index = atomic_fetch_add(&batch->next, 1);
+	uint32_t index = take_job(w);
 	struct slot *slot = &w->slots[w->used];
 	struct job *job;
 	long result;
 
-	if (index >= batch->count) {
-		atomic_store(&batch->next, batch->count); /* so that it never wraps */
+	if (index == batch->count)
 		return false;
-	}
 	job = &batch->jobs[index];
 	if (!is_single(job->tid, &job->status))
 		return true;
@@ -542,14 +589,22 @@ static bool start_ticking(timer_t *timer)
 	return true;
 }
 
+/* What a thread is told. */
+struct member {
+	struct batch *batch;
+	int cpu;
+};
+
 static void *work(void *argument)
 {
-	struct worker w = {.batch = argument};
+	struct member *member = argument;
+	struct worker w = {.batch = member->batch, .cpu = member->cpu};
 	sigset_t timers;
 	timer_t timer;
 	int status;
 	pid_t tid;
 
+	free(member);
 	/* A client that goes on must not take the processor from us: the next one waits. */
 	setpriority(PRIO_PROCESS, 0, -20);
 	w.slots = malloc(w.batch->count * sizeof *w.slots); /* of which little is ever touched */
@@ -574,13 +629,16 @@ static void *work(void *argument)
 
 static struct batch *new_batch(const Py_buffer *jobs, const Py_buffer *calls)
 {
-	struct batch *batch = calloc(1, sizeof *batch + (size_t)jobs->len + (size_t)calls->len);
+	uint32_t count = (uint32_t)((size_t)jobs->len / sizeof(struct job));
+	struct batch *batch = calloc(1, sizeof *batch + (size_t)jobs->len + (size_t)calls->len +
+						count * sizeof *batch->taken);
 	pthread_condattr_t attributes;
 
 	if (!batch)
 		return NULL;
-	batch->count = (uint32_t)((size_t)jobs->len / sizeof(struct job));
+	batch->count = count;
 	batch->calls = (struct call *)(batch->jobs + batch->count);
+	batch->taken = (atomic_bool *)((char *)batch->calls + calls->len);
 	memcpy(batch->jobs, jobs->buf, (size_t)jobs->len);
 	memcpy(batch->calls, calls->buf, (size_t)calls->len);
 	for (uint32_t i = 0; i < batch->count; i++) {
@@ -596,23 +654,49 @@ static struct batch *new_batch(const Py_buffer *jobs, const Py_buffer *calls)
 	return batch;
 }
 
+static bool start_thread(struct batch *batch, pthread_attr_t *attributes, int cpu)
+{
+	struct member *member = malloc(sizeof *member);
+	pthread_t thread;
+	cpu_set_t here;
+
+	if (!member)
+		return false;
+	*member = (struct member){batch, cpu};
+	CPU_ZERO(&here);
+	if (cpu >= 0) {
+		CPU_SET(cpu, &here);
+		pthread_attr_setaffinity_np(attributes, sizeof here, &here);
+	}
+	if (pthread_create(&thread, attributes, work, member)) {
+		free(member);
+		return false;
+	}
+	batch->running++;
+	batch->users++;
+	return true;
+}
+
 /* The threads are interrupted by their timer and by nothing else. */
 static void start_threads(struct batch *batch, unsigned threads)
 {
 	pthread_attr_t attributes;
 	sigset_t all, before;
-	pthread_t thread;
+	cpu_set_t cpus;
+	bool staying;
 
+	staying = !sched_getaffinity(0, sizeof cpus, &cpus) && CPU_COUNT(&cpus) <= (int)threads;
 	sigfillset(&all);
 	pthread_attr_init(&attributes);
 	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
 	pthread_attr_setstacksize(&attributes, STACK);
 	pthread_sigmask(SIG_SETMASK, &all, &before);
 	pthread_mutex_lock(&batch->lock);
-	for (unsigned i = 0; i < threads && !pthread_create(&thread, &attributes, work, batch); i++) {
-		batch->running++;
-		batch->users++;
-	}
+	for (int cpu = 0; staying && cpu < CPU_SETSIZE; cpu++)
+		if (CPU_ISSET(cpu, &cpus))
+			start_thread(batch, &attributes, cpu);
+	for (unsigned i = 0; !staying && i < threads; i++)
+		start_thread(batch, &attributes, -1);
 	pthread_mutex_unlock(&batch->lock);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	pthread_attr_destroy(&attributes);
@@ -665,7 +749,7 @@ static PyObject *borrow_many(PyObject *module, PyObject *args)
 		Py_END_ALLOW_THREADS
 		for (uint32_t i = 0; i < batch->count; i++)
 			if (batch->jobs[i].status == PENDING) /* a thread has it, or none had time */
-				batch->jobs[i].status = i < atomic_load(&batch->next) ? STUCK : SLOW;
+				batch->jobs[i].status = atomic_load(&batch->taken[i]) ? STUCK : SLOW;
 		memcpy(jobs.buf, batch->jobs, (size_t)jobs.len);
 		let_go_of_batch(batch);
 		result = Py_NewRef(Py_None);

@@ -32,14 +32,13 @@ if TYPE_CHECKING:
     from msharefs.clients.space import AddressSpace
     from msharefs.clients.tracer import Session, Tracer
 
-THREADS: Final = 2
-"""So many that one traces while the others' clients run, and no more than small machines have."""
+THREADS: Final = 4
+"""Up to so many processors get a thread each. Where there are more, so many threads trace while
+the others' clients run."""
 
-# The structures of _native.c: tid, status, instruction, first, count, disturbed, maps; and
-# number and three arguments of a call.
-_JOB: Final = struct.Struct("=iiQIIIi")
-_STATUS: Final = struct.Struct("=i")
-_STATUS_AT: Final = 4
+# The structures of _native.c: tid, status, instruction, first, count, disturbed, maps, cpu, known;
+# and number and three arguments of a call.
+_JOB: Final = struct.Struct("=iiQIIIiiI")
 _CALL: Final = struct.Struct("=QQQQ")
 _MASK: Final = (1 << 64) - 1
 
@@ -63,9 +62,9 @@ async def protect_many(
     """
     outcomes: list[Exception | None] = [None] * len(pids)
     left: Iterable[int] = range(len(pids))
-    if native.present and guard is None and (spaces is None or has_query()):
+    if pids and native.present and guard is None and (spaces is None or has_query()):
         with trio.CancelScope(shield=True):
-            left = await _natively(pids, steps, limit, spaces, outcomes)
+            left = await _natively(pids, steps, limit, spaces, known, outcomes)
     sessions: list[Session[None]] = []
     left = list(left)
     for index in left:
@@ -103,17 +102,22 @@ async def _natively(
     steps: Sequence[Sequence[Step]],
     limit: float,
     spaces: Sequence[AddressSpace] | None,
+    known: Sequence[bool] | None,
     outcomes: list[Exception | None],
 ) -> list[int]:
     """Note the outcomes. Whose are to be had by ``borrow``."""
     held: list[AddressSpace] = []
-    jobs, calls, taken, slow = bytearray(), bytearray(), [], []
+    jobs: list[bytes] = []
+    calls: list[bytes] = []
+    taken: list[int] = []
+    slow: list[int] = []
+    placed: dict[int, tuple[int, int]] = {}  # the calls of equal processes are put down once
     try:
         for index, pid in enumerate(pids):
             if pid <= 0:
                 slow.append(index)
                 continue
-            maps = -1
+            maps = cpu = -1
             if spaces is not None:
                 try:
                     maps = spaces[index].enter()
@@ -121,15 +125,22 @@ async def _natively(
                     outcomes[index] = error
                     continue
                 held.append(spaces[index])
-            first = len(calls) // _CALL.size
-            for step in steps[index]:
-                calls += _CALL.pack(Number.MPROTECT, step.address, step.size, int(step.prot))
-            jobs += _JOB.pack(pid, 0, vdso_instruction(pid), first, len(steps[index]), 0, maps)
+                cpu = spaces[index].cpu
+            place = placed.get(id(steps[index]))
+            if place is None:
+                place = placed[id(steps[index])] = len(calls), len(steps[index])
+                calls += [
+                    _CALL.pack(Number.MPROTECT, step.address, step.size, int(step.prot))
+                    for step in steps[index]
+                ]
+            asked = known is not None and known[index]
+            jobs.append(_JOB.pack(pid, 0, vdso_instruction(pid), *place, 0, maps, cpu, asked))
             taken.append(index)
+        packed = bytearray().join(jobs)
         await trio.to_thread.run_sync(
             native.borrow_many,
-            jobs,
-            calls,
+            packed,
+            bytearray().join(calls),
             THREADS,
             int(limit * 1e9),
             Tracee.own_device & _MASK,
@@ -137,8 +148,9 @@ async def _natively(
     finally:
         for space in held:
             space.leave()
-    for place, index in enumerate(taken):
-        (status,) = _STATUS.unpack_from(jobs, place * _JOB.size + _STATUS_AT)
+    for index, (_, status, *_, cpu, _) in zip(taken, _JOB.iter_unpack(packed), strict=True):
+        if spaces is not None:
+            spaces[index].cpu = cpu
         if status == native.SLOW:
             slow.append(index)
         elif status:

@@ -137,7 +137,8 @@ class Client:
     sharers: list[int] = attrs.field(factory=list)
     """Other processes that were seen to have this same address space."""
     files: dict[int, list[MappedRange]] = attrs.field(factory=dict)
-    """What it had mapped of the mount, by inode, when a full survey last looked."""
+    """What it had mapped of the mount, by inode, when it was looked at last. (``MappedRange.pid`` is
+    anybody's: those who have mapped the same may share this.)"""
     met: int = 0
     """Goes up each time that it is added."""
     looked: int = 0

@@ -53,8 +53,8 @@ KCMP_VM: Final = 1
 FEW: Final = 16
 """Mappings, up to which it is no use to look at some of them alone."""
 
-REMEMBERED: Final = 4
-"""Answers of a process, of which two come by turns when a right is taken and given back."""
+REMEMBERED: Final = 2048
+"""Answers. A process's two come by turns when a right is taken and given back."""
 
 READ_EXEC: Final = int(Prot.READ | Prot.EXEC)
 WRITE: Final = int(Prot.WRITE)
@@ -89,8 +89,9 @@ class AddressSpace:
         except BaseException:
             os.close(self._pidfd)
             raise
+        self.cpu = -1
+        """The processor that it was seen on last; -1: unknown."""
         self._layouts: dict[tuple[int, int], tuple[_Run, ...]] = {}
-        self._seen: dict[tuple[int, bytes], Files] = {}
         self._lock = threading.Lock()
         self._users = 1
         self._closed = False
@@ -137,15 +138,6 @@ class AddressSpace:
     def files(self, device: int, *, private: bool = False) -> Files:
         """The mappings of all files on ``device`` by inode, lowest address first. Raises Gone."""
         return by_inode(self._look(device, private=private))
-
-    def read(self, device: int, answer: bytes) -> Files:
-        """:meth:`files`, from what ``look_at_many`` says; the same object for the same answer."""
-        files = self._seen.get((device, answer))
-        if files is None:
-            if len(self._seen) >= REMEMBERED:
-                self._seen.clear()
-            files = self._seen[device, answer] = by_inode(unpacked(self.pid, answer))
-        return files
 
     def may(self, window: MappedRange) -> Prot:
         """What mprotect() could at most give ``window``, by the mode its descriptor had.
@@ -294,7 +286,8 @@ def _showing(windows: list[MappedRange], part: tuple[int, int]) -> list[MappedRa
 def files_of(spaces: Sequence[AddressSpace], device: int) -> list[Files | None]:
     """:meth:`AddressSpace.files` of many at once; None of one that has ended.
 
-    Who has mapped the same as one of the last times gets the same object.
+    Those who have mapped the same, as forked processes have, get the same object, again and again:
+    it is not to be changed, and its mappings do not tell whose they are (``pid`` is 0).
     """
     if not many_at_once():
         return [_files_or_none(space, device) for space in spaces]
@@ -314,10 +307,22 @@ def files_of(spaces: Sequence[AddressSpace], device: int) -> list[Files | None]:
             spaces[index].leave()
     for index, answer in zip(entered, answers, strict=True):
         if isinstance(answer, bytes):
-            found[index] = spaces[index].read(device, answer)
+            found[index] = _read(device, answer)
         elif answer != errno.ESRCH:
             raise OSError(answer, f"process {spaces[index].pid}: {os.strerror(answer)}")
     return found
+
+
+_known: dict[tuple[int, bytes], Files] = {}
+
+
+def _read(device: int, answer: bytes) -> Files:
+    files = _known.get((device, answer))
+    if files is None:
+        if len(_known) >= REMEMBERED:
+            _known.clear()
+        files = _known[device, answer] = by_inode(unpacked(0, answer))
+    return files
 
 
 def _files_or_none(space: AddressSpace, device: int) -> Files | None:

@@ -24,7 +24,7 @@ from msharefs.clients.faults import Span
 from msharefs.clients.gone import Gone
 from msharefs.clients.many import protect_many, protecting
 from msharefs.clients.replica import Comparison, Step, is_replica
-from msharefs.clients.space import AddressSpace
+from msharefs.clients.space import AddressSpace, files_of
 from msharefs.clients.userfault import Outcome, UserfaultUnavailable, make
 from msharefs.region.demand import Caught, Demand
 from msharefs.region.errors import ClientStuck
@@ -93,29 +93,23 @@ class Batch:
         if seen:
             unseen: list[Client] = []
             for client in clients:
-                mapped = [m for m in client.files.get(inode, ()) if m.shared]
+                mapped = client.files.get(inode, [])
+                if not all(m.shared for m in mapped):
+                    mapped = [m for m in mapped if m.shared]
                 if mapped and client.looked == client.met:
                     self._note(client, mapped, waiting=waiting)
                 else:
                     unseen.append(client)
             clients = unseen
 
-        def windows() -> list[list[MappedRange] | None]:
-            found: list[list[MappedRange] | None] = []
-            for client in clients:
-                try:
-                    found.append(client.space.windows(device, inode))
-                except Gone:
-                    found.append(None)
-            return found
-
         if clients:
-            looks = await trio.to_thread.run_sync(windows)
-            for client, found in zip(clients, looks, strict=True):
-                if found is None:
+            spaces = [client.space for client in clients]
+            looks = await trio.to_thread.run_sync(files_of, spaces, device)
+            for client, files in zip(clients, looks, strict=True):
+                if files is None:
                     roster.forget(client)
                 else:
-                    self._note(client, found, waiting=waiting)
+                    self._note(client, files.get(inode, []), waiting=waiting)
         self._enforcer.claim(self.windows, inode)
 
     def _note(self, client: Client, mapped: list[MappedRange], *, waiting: bool) -> None:
@@ -233,24 +227,32 @@ class Batch:
     async def step(self) -> dict[Client, Exception]:
         """Make each client's mappings what they are to be."""
         comparisons: dict[tuple[bool, int], Comparison] = {}
+        same: dict[tuple[bool, int], list[Step]] = {}  # by windows, which forked clients share
+        whole = self._file.region.semantics.superset
         bodies: dict[Client, Body[None]] = {}
         plain_steps: dict[Client, list[Step]] = {}
         for client in list(self.windows):
-            plain, steps = client in self._uncatchable, []
-            try:
-                parts = self._parts(client)
-            except Gone:
-                self._enforcer.roster.forget(client)
-                continue
-            for within, windows in parts.items():
-                comparison = comparisons.get((plain, int(within)))
-                if comparison is None:
-                    wanted = self._layout.plain if plain else self._layout.served
-                    comparison = Comparison(wanted, within=within)
-                    comparisons[plain, int(within)] = comparison
-                steps += comparison.steps(windows)
-            if len(parts) > 1:
-                steps.sort(key=lambda step: step.address)
+            plain = client in self._uncatchable
+            known = same.get((plain, id(self.windows[client]))) if whole else None
+            if known is not None:
+                steps = known
+            else:
+                try:
+                    parts = self._parts(client)
+                except Gone:
+                    self._enforcer.roster.forget(client)
+                    continue
+                steps = []
+                for within, windows in parts.items():
+                    comparison = comparisons.get((plain, int(within)))
+                    if comparison is None:
+                        wanted = self._layout.plain if plain else self._layout.served
+                        comparison = Comparison(wanted, within=within)
+                        comparisons[plain, int(within)] = comparison
+                    steps += comparison.steps(windows)
+                if len(parts) > 1:
+                    steps.sort(key=lambda step: step.address)
+                same[plain, id(self.windows[client])] = steps
             zap = self._zap.get(client, [])
             if zap or (steps and (client in self.run_by or client.sharers)):
                 bodies[client] = _protecting(steps, zap)

@@ -233,7 +233,10 @@ class Enforcer:
             start, end = ranges[0].start, ranges[-1].end
         old = layout_of(region, state, start, end)
         new = layout_of(region, state, start, end, ranges, after)
-        return Move(self, file, old, new, clients, surveyed=contested)
+        gives = all(
+            not part.lost and not part.replaced and part.old is not None for part in ranges
+        )
+        return Move(self, file, old, new, clients, surveyed=contested, gives=gives)
 
     async def begin_shrinking(
         self, file: RegionFile, state: RegionState, limit: int, after: After

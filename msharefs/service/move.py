@@ -39,8 +39,13 @@ class Move:
         between: Layout | None = None,
         rearm: bool = False,
         surveyed: bool = True,
+        gives: bool = False,
     ) -> None:
-        """``surveyed``: everybody was looked for; else only ``clients`` were looked at."""
+        """``surveyed``: everybody was looked for; else only ``clients`` were looked at.
+
+        ``gives``: nothing but rights to memory that is there already, so that there is nothing to
+        be done before the table is swapped.
+        """
         self._enforcer = enforcer
         self._file = file
         self._old, self._new = old, new
@@ -48,12 +53,14 @@ class Move:
         self._rearm = rearm
         self.clients = clients
         self._surveyed = surveyed
+        self._gives = gives and self._between == old
         self._seen = True
         """What has just been seen of the clients is still true."""
 
     async def narrow(self) -> None:
         """Take away what the new layout does not give; catch what it wants to be caught."""
-        await self._bring_all(self._between, self._old.served, rearm=self._rearm)
+        if not self._gives:
+            await self._bring_all(self._between, self._old.served, rearm=self._rearm)
 
     async def widen(self) -> None:
         """Give what the new layout gives; catch no more what it does not want to be caught."""

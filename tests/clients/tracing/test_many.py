@@ -29,6 +29,7 @@ PAUSE, GETPID, CLOSE, MPROTECT = 34, 39, 3, 10
 NO_DEVICE = (1 << 64) - 1
 DONE = 0
 PAGE = 4096
+JOB = "=iiQIIIiiI"
 
 
 def need_native():
@@ -53,11 +54,12 @@ def many(start):
         packed = bytearray(b"".join(struct.pack("=QQQQ", *call) for call in calls))
         jobs = bytearray()
         for pid in pids:
-            jobs += struct.pack("=iiQIIIi", pid, 0, vdso_instruction(pid), 0, len(calls), 0, maps)
+            where = vdso_instruction(pid), 0, len(calls), 0, maps, -1, 0
+            jobs += struct.pack(JOB, pid, 0, *where)
         native.borrow_many(jobs, packed, in_threads, int(limit * 1e9), NO_DEVICE)
         return [
             (status, disturbed)
-            for _, status, _, _, _, disturbed, _ in struct.iter_unpack("=iiQIIIi", jobs)
+            for _, status, _, _, _, disturbed, *_ in struct.iter_unpack(JOB, jobs)
         ]
 
     yield many
@@ -305,7 +307,7 @@ def test_what_makes_no_sense_is_refused():
         native.borrow_many(bytearray(31), bytearray(), 1, 1, 0)
     with pytest.raises(ValueError):
         native.borrow_many(
-            bytearray(struct.pack("=iiQIIIi", 1, 0, 0, 0, 1, 0, -1)), bytearray(), 1, 1, 0
+            bytearray(struct.pack(JOB, 1, 0, 0, 0, 1, 0, -1, -1, 0)), bytearray(), 1, 1, 0
         )
     with pytest.raises(ValueError):
         native.borrow_many(bytearray(), bytearray(), 0, 1, 0)
