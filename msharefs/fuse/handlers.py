@@ -66,12 +66,15 @@ class OpenPlan:
     ``stream``: no file position at all (nor pread), so that a read that waits does not lock out a
     write on the same descriptor. Not with a backing file: the kernel refuses that.
     ``noflush``: send no FLUSH when a descriptor is closed.
+    ``parallel``: with ``direct_io``, a write(2) that waits for us does not lock out the file's other
+    writes. One that appends, or goes past the end, still does.
     """
 
     backing_fd: int | None = None
     direct_io: bool = True
     stream: bool = False
     noflush: bool = False
+    parallel: bool = False
 
     def __attrs_post_init__(self) -> None:
         if self.stream and self.backing_fd is not None:

@@ -100,6 +100,7 @@ class Opening:
             flags = OpenReplyFlag.DIRECT_IO if plan.direct_io else OpenReplyFlag(0)
             flags |= OpenReplyFlag.STREAM if plan.stream else 0
             flags |= OpenReplyFlag.NOFLUSH if plan.noflush else 0
+            flags |= OpenReplyFlag.PARALLEL_DIRECT_WRITES if plan.parallel else 0
             backing_id = 0
             if plan.backing_fd is not None:
                 if not self._library.passthrough:

@@ -160,6 +160,7 @@ class OpenReplyFlag(IntFlag):
     NONSEEKABLE = 1 << 2
     STREAM = 1 << 4
     NOFLUSH = 1 << 5
+    PARALLEL_DIRECT_WRITES = 1 << 6
     PASSTHROUGH = 1 << 7
 
 

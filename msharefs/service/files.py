@@ -101,7 +101,11 @@ class Files:
         native = file.region.semantics.native and self._changes.is_bare(file)
         if native and handle.access & Prot.WRITE and not file.native:
             file.native, file.written_ns = True, file.backing.state[1]
-        return OpenPlan(backing_fd=file.backing.fd, direct_io=not native, noflush=True)
+        # A write() may wait for somebody's word, or for the filesystem of a file that lies there.
+        parallel = not file.region.semantics.grown
+        return OpenPlan(
+            backing_fd=file.backing.fd, direct_io=not native, noflush=True, parallel=parallel
+        )
 
     def read(self, request: ReadRequest) -> bytes | Awaitable[bytes] | Pending:
         """FUSE_READ."""

@@ -618,6 +618,7 @@ def plan_by_node(file):
         2: OpenPlan(stream=True),
         3: None,
         4: OpenPlan(direct_io=False, noflush=True),
+        5: OpenPlan(backing_fd=11, parallel=True),
     }
     return plans[file.nodeid]
 
@@ -629,6 +630,13 @@ def plan_by_node(file):
         (2, OpenReplyFlag.STREAM | OpenReplyFlag.DIRECT_IO, 0),
         (3, OpenReplyFlag.KEEP_CACHE, 0),
         (4, OpenReplyFlag.NOFLUSH, 0),
+        (
+            5,
+            OpenReplyFlag.PASSTHROUGH
+            | OpenReplyFlag.DIRECT_IO
+            | OpenReplyFlag.PARALLEL_DIRECT_WRITES,
+            1,
+        ),
     ],
 )
 @pytest.mark.parametrize("later", [False, True])

@@ -3,23 +3,55 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import attrs
 import pytest
 
 from msharefs.client import Region
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
     from tests.conftest import Served
 
+HERE = Path(__file__).parent
 PAGE = 4096
 MIB = 1 << 20
+PATIENCE = 60
+
+
+def refused(code: int, call: Callable, *arguments, **keywords) -> None:
+    with pytest.raises(OSError) as caught:
+        call(*arguments, **keywords)
+    assert caught.value.errno == code, caught.value
+
+
+def until(reached: Callable[[], bool], what: str) -> None:
+    """Wait for what nobody tells of; yields the processor between looks."""
+    deadline = time.monotonic() + PATIENCE
+    while not reached():
+        assert time.monotonic() < deadline, f"waited in vain: {what}"
+        os.sched_yield()
+
+
+def reasons(mount: Served, name: str) -> list[tuple[str, str]]:
+    """The errno and the reason of each refusal in a region, oldest first."""
+    fd = os.open(mount.path / ".control" / name / "events", os.O_RDONLY | os.O_NONBLOCK)
+    text = b""
+    with contextlib.suppress(BlockingIOError):
+        while data := os.read(fd, MIB):
+            text += data
+    os.close(fd)
+    events = map(json.loads, text.splitlines())
+    return [(e["error"], e["reason"]) for e in events if e["event"] == "refuse"]
 
 
 def run(*command: str | Path) -> str:
@@ -93,3 +125,87 @@ def memfd() -> Iterator[int]:
     os.write(fd, b"".join(bytes([page]) * PAGE for page in range(8)))
     yield fd
     os.close(fd)
+
+
+@pytest.fixture
+def program() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start Python programs with ``region`` open; those that have not ended are killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(region: Path, code: str) -> subprocess.Popen[str]:
+        head = f"""
+import errno, os, signal, sys
+from msharefs.client import Region
+region = Region.open({str(region)!r})
+print("ready", flush=True)
+"""
+        process = subprocess.Popen(
+            [sys.executable, "-c", head + code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            assert stream is not None
+            stream.close()
+
+
+@attrs.define(eq=False)
+class SlowFs:
+    """A filesystem of slowfs.py; ``object`` is its file."""
+
+    place: Path
+    process: subprocess.Popen[str]
+
+    @property
+    def object(self) -> Path:
+        return self.place / "object"
+
+    def tell(self, command: str) -> str:
+        """Its answer; what it tells of meanwhile must have been heard."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(command + "\n")
+        self.process.stdin.flush()
+        return self.hear()
+
+    def hear(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().rstrip("\n")
+
+
+@pytest.fixture
+def slow(tmp_path) -> Iterator[SlowFs]:
+    if os.geteuid() != 0 or not Path("/dev/fuse").exists():
+        pytest.skip("mounting needs root and /dev/fuse")
+    place = tmp_path / "slow"
+    place.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "slowfs.py"), str(place)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    one = SlowFs(place, process)
+    try:
+        assert one.hear() == "ready"
+        yield one
+        one.tell("go")
+        run("umount", place)
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
+        if os.path.ismount(place):
+            run("umount", "--lazy", place)
+        for stream in (process.stdin, process.stdout):
+            assert stream is not None
+            stream.close()

@@ -8,13 +8,7 @@ import os
 import pytest
 
 from msharefs.client import Region
-from tests.objects.conftest import PAGE, held, mapped_kinds
-
-
-def refused(code: int, call, *arguments, **keywords):
-    with pytest.raises(OSError) as caught:
-        call(*arguments, **keywords)
-    assert caught.value.errno == code, caught.value
+from tests.objects.conftest import PAGE, held, mapped_kinds, refused
 
 
 @pytest.fixture(params=["memfd", "file"])
