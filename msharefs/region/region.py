@@ -49,6 +49,10 @@ _FIXED_NOREPLACE: Final = int(MapFlag.FIXED_NOREPLACE)
 _ANONYMOUS: Final = int(MapFlag.ANONYMOUS)
 _NO_PROT: Final = ~int(PROT_ALL)
 _WRITE: Final = int(Prot.WRITE)
+_SHARED_VALIDATE: Final = int(MapFlag.SHARED_VALIDATE)
+_LEGACY: Final = 0x1F900
+"""GROWSDOWN, DENYWRITE, EXECUTABLE, LOCKED, POPULATE, NONBLOCK and STACK, which mmap(2) always
+knows and which mean nothing in a region."""
 
 READ_ONLY: Final = Prot.READ | Prot.EXEC
 WRITE_ONLY: Final = Prot.WRITE
@@ -141,6 +145,11 @@ class Region:
         else:
             del self._descriptors[access]
 
+    def check_may_change(self, access: Prot) -> None:
+        """Whoever may open a region for writing may change its table; others may not."""
+        if not int(access) & _WRITE and not self.semantics.changed_by_readers:
+            raise DescriptorReadOnly("the descriptor is not open for writing")
+
     def contested(self, change: Change) -> Prot:
         """The rights a change newly gives that every live descriptor and mapping must have."""
         return change.gained if self.semantics.superset else Prot.NONE
@@ -200,6 +209,7 @@ class Region:
     ) -> Change:
         """CREATE_MAPPING. Bytes; flags and prot with mmap(2)'s values, checked here."""
         end = self.check_map(offset, size, prot, flags)
+        prot &= PROT_ALL
         if obj.kind is Kind.ANON:
             object_offset = 0
         kept = _SHARED | flags & _ANONYMOUS
@@ -208,11 +218,14 @@ class Region:
 
     def check_map(self, offset: int, size: int, prot: int, flags: int) -> int:
         """The checks of CREATE_MAPPING that need no object. Returns the range's end."""
-        end = self.check_range(offset, size)
+        end = self._change_end(offset, size)
         if flags & MAP_TYPE not in _SHARING:
             raise BadArgument("only MAP_SHARED objects may lie in a region")
         if not flags & _FIXED:
             raise BadArgument("MAP_FIXED is required: the region does not choose offsets")
+        if self.semantics.as_mmap:
+            _check_validated(flags)
+            return end
         unknown = flags & ~KNOWN_FLAGS
         if unknown:
             raise BadArgument(f"flags {unknown:#x} have no meaning in a region")
@@ -221,7 +234,7 @@ class Region:
 
     def plan_unmap(self, offset: int, size: int) -> Change:
         """UNMAP."""
-        return self.table.plan_unmap(offset, self.check_range(offset, size))
+        return self.table.plan_unmap(offset, self._change_end(offset, size))
 
     def plan_protect(self, offset: int, size: int, prot: int, flags: int = 0) -> Change:
         """PROTECT."""
@@ -232,9 +245,14 @@ class Region:
         return self.table.plan_protect(offset, end, PROTS[prot])
 
     def plan_resize(self, size: int) -> Resize:
-        """ftruncate() and fallocate(). Any size, any number of times."""
+        """ftruncate() and fallocate(). Any size, any number of times, but for ``Semantics``."""
         if size < 0:
             raise BadArgument(f"size {size} is negative")
+        if self.semantics.sized_once:
+            if self.sized:
+                raise BadArgument(f"the size is set, to {self.size}, and stays")
+            if size % self.semantics.alignment:
+                raise BadArgument(f"size {size} is not a multiple of {self.semantics.alignment}")
         old_limit, new_limit = self.limit, page_up(size)
         if new_limit > old_limit and self.semantics.grown:
             grown = Mapping(old_limit, new_limit, self.semantics.grown)
@@ -262,6 +280,12 @@ class Region:
         """The range's end. Raises NotSized or BadRange."""
         self.check_sized()
         return checked_end(offset, size, self.limit)
+
+    def _change_end(self, offset: int, size: int) -> int:
+        """As :meth:`check_range`, for the two calls that have a namesake among system calls."""
+        if self.semantics.as_mmap and 0 < size <= self.limit:
+            size = page_up(size)
+        return self.check_range(offset, size)
 
     def query(self, offset: int, *, or_next: bool = False) -> Mapping:
         """QUERY: the mapping that covers ``offset`` or, with ``or_next``, the next one."""
@@ -317,10 +341,15 @@ class Region:
         return min(at, end) - offset
 
 
-def check_may_change(access: Prot) -> None:
-    """Whoever may open a region for writing may change its table; others may not."""
-    if not int(access) & _WRITE:
-        raise DescriptorReadOnly("the descriptor is not open for writing")
+def _check_validated(flags: int) -> None:
+    """mmap(2), MAP_SHARED_VALIDATE: files alone know it, and flags that are unknown with it."""
+    if flags & MAP_TYPE != _SHARED_VALIDATE:
+        return
+    if flags & _ANONYMOUS:
+        raise BadArgument("MAP_SHARED_VALIDATE is for files")
+    unknown = flags & ~(KNOWN_FLAGS | _LEGACY)
+    if unknown:
+        raise Unsupported(f"flags {unknown:#x} with MAP_SHARED_VALIDATE")
 
 
 def _check_prot(prot: int) -> None:

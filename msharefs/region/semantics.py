@@ -14,7 +14,7 @@ from typing import Final
 
 import attrs
 
-from msharefs.abi import PROT_ALL, Prot
+from msharefs.abi import PAGE_SIZE, PROT_ALL, Command, Prot
 
 
 @attrs.frozen
@@ -35,6 +35,15 @@ class Semantics:
     ``native``: read() and write() through a descriptor go straight to the memory, if nothing lay
     over the file when it was opened. They obey no table from then on.
     ``private``: MAP_PRIVATE is let in. Such a mapping is a copy that nothing here can reach.
+    ``alignment``: in bytes, what the mount tells its users to make sizes a multiple of.
+    ``sized_once``: it must be one, and is set once, before anything else is done with the region.
+    ``contents``: read() and write() reach what lies in the region.
+    ``changed_by_readers``: a descriptor need not be open for writing to change the table.
+    ``as_mmap``: CREATE_MAPPING and UNMAP take their arguments as mmap(2) and munmap(2) do, which
+    round a size up to whole pages and pass over flags and protections that they do not know. Else
+    such are refused.
+    ``commands``: the ioctls that a region has.
+    ``by_mknod``: mknod(2) makes regions, as open(2) does.
     """
 
     grown: Prot = Prot.NONE
@@ -45,6 +54,13 @@ class Semantics:
     any_names: bool = False
     native: bool = False
     private: bool = False
+    alignment: int = PAGE_SIZE
+    sized_once: bool = False
+    contents: bool = True
+    changed_by_readers: bool = False
+    as_mmap: bool = False
+    commands: frozenset[Command] = frozenset(Command)
+    by_mknod: bool = True
 
 
 MSHARE: Final = Semantics()
@@ -59,3 +75,18 @@ AUTOMAP: Final = Semantics(
     any_names=True,
 )
 """As tmpfs(5), for programs that know nothing of mshare: ``docs/automap.md``."""
+
+V3: Final = Semantics(
+    superset=False,
+    alignment=1 << 39,
+    sized_once=True,
+    contents=False,
+    changed_by_readers=True,
+    as_mmap=True,
+    commands=frozenset({Command.CREATE_MAPPING, Command.UNMAP, Command.INFO}),
+    by_mknod=False,
+)
+"""As the third version of the kernel series, of August 2025: ``docs/kernel-v3.md``.
+
+512 GiB is what one page of the topmost page table but one maps on x86-64 (P4D_SIZE).
+"""

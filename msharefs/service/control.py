@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from msharefs.abi import PAGE_SIZE, Kind, MapFlag
+from msharefs.abi import Kind, MapFlag
 from msharefs.service.errors import NoSuchName, NotADirectory
 from msharefs.service.nodes import (
     CONTROL_EVENTS_INO,
@@ -175,9 +175,9 @@ class ControlTree:
 # -- texts
 
 
-def info_text() -> Iterator[bytes]:
+def info_text(alignment: int) -> Iterator[bytes]:
     """As the kernel series prints it: the number and a newline."""
-    yield b"%d\n" % PAGE_SIZE
+    yield b"%d\n" % alignment
 
 
 def maps_text(mappings: tuple[Mapping, ...]) -> Iterator[bytes]:

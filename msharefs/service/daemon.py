@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from msharefs.abi import Feature, Gate
+from msharefs.abi import Command, Feature, Gate
 from msharefs.clients.census import MappedRange, mapped_ranges
 from msharefs.clients.gate import GateUnavailable
 from msharefs.clients.policy import Enforce
@@ -123,6 +123,7 @@ async def _serve(
         if enforcement is not None:
             features |= Feature.ENFORCE | Feature.NOTIFY | Feature.FILE_OBJECTS
             changes.changed = notifications.changed
+        features &= ~_lacking(options.semantics.commands)
         ioctls = Ioctls(
             handles,
             changes,
@@ -131,6 +132,7 @@ async def _serve(
             gate=gate.kind,
             notify=_notify(enforcement, notifications),
             region_devices=_region_devices,
+            semantics=options.semantics,
         )
         operations = Filesystem(namespace, handles, changes, store, notifications.holds)
         if enforcement is not None:
@@ -225,6 +227,20 @@ def _hold(enforcement: Enforcement | None, kind: Gate) -> Hold | None:
         return enforcement.gatekeeper.hold(file, actor)
 
     return hold
+
+
+def _lacking(commands: frozenset[Command]) -> Feature:
+    """The features that have no command on this kind of mount."""
+    by_command = {
+        Command.PROTECT: Feature.PROTECT,
+        Command.QUERY: Feature.QUERY,
+        Command.NOTIFY: Feature.NOTIFY,
+    }
+    lacking = Feature(0)
+    for command, feature in by_command.items():
+        if command not in commands:
+            lacking |= feature
+    return lacking
 
 
 def _gated(

@@ -111,6 +111,7 @@ class Files:
         """FUSE_READ."""
         handle = self._handles.get(request.fh)
         if isinstance(handle, RegionHandle):
+            _check_contents(handle.file)
             self._changes.follow(handle.file)
             return self._read_region(handle, request)
         if isinstance(handle, TextHandle):
@@ -128,6 +129,7 @@ class Files:
         """FUSE_WRITE: how many bytes were taken."""
         handle = self._handles.get(request.fh)
         if isinstance(handle, RegionHandle):
+            _check_contents(handle.file)
             self._changes.follow(handle.file)
             try:
                 return self._write_region(handle, request)
@@ -157,6 +159,10 @@ class Files:
         self._changes.follow(handle.file)
         if allocates:
             return self._allocate(handle, request)
+        if handle.file.region.semantics.sized_once:
+            if request.offset:
+                raise BadArgument(f"offset {request.offset:#x}: the size is all that can be set")
+            return self._changes.resize(handle.file, end, actor, "fallocate")
         return self._changes.grow(handle.file, end, actor, "fallocate")
 
     async def _allocate(self, handle: RegionHandle, request: FallocateRequest) -> None:
@@ -225,6 +231,7 @@ class Files:
         if not isinstance(source, RegionHandle) or not isinstance(target, RegionHandle):
             raise Unsupported("copied by the kernel's own means")  # which EOPNOTSUPP makes it do
         origin, file = source.file, target.file
+        _check_contents(file)
         self._changes.follow(origin)
         self._changes.follow(file)
         count = min(request.length, COPIED_AT_ONCE)
@@ -447,3 +454,8 @@ class Files:
         actor, name = handle.actor(tid), file.region.name
         self._changes.tell(file, Event(EventKind.WRITE, name, actor, via, offset, length))
         return length
+
+
+def _check_contents(file: RegionFile) -> None:
+    if not file.region.semantics.contents:
+        raise BadArgument("the kernel series has no read() or write() of a region")

@@ -135,6 +135,8 @@ class Filesystem(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
         directory = self._directory(parent_inode)
+        if stat.S_ISREG(mode) and not self._names.semantics.by_mknod:
+            raise Reserved("mknod() makes no regions here; open() does")
         make = self._names.create_region if stat.S_ISREG(mode) else self._names.make_special
         return self._entry(make(directory, name, mode, ctx.uid, ctx.gid))
 
@@ -307,7 +309,7 @@ class Filesystem(pyfuse3.Operations):
         file = self._names.region_file(inode)
         self._changes.follow(file)
         number = self._open_region(file, flags, ctx.pid)
-        if flags & os.O_TRUNC and file.region.size:
+        if flags & os.O_TRUNC and (file.region.size or file.region.semantics.sized_once):
             try:
                 actor = self._handles.region(number).actor(ctx.pid)
                 await self._changes.resize(file, 0, actor, "open")
@@ -374,7 +376,7 @@ class Filesystem(pyfuse3.Operations):
 
     async def _open_control(self, node: ControlNode) -> Handle:
         if node.ino == INFO_INO:
-            return TextHandle(control.info_text())
+            return TextHandle(control.info_text(self._names.semantics.alignment))
         if node.is_directory:
             raise IsADirectory("a control directory")
         if node.slot is Slot.EVENTS:
@@ -422,7 +424,7 @@ class Filesystem(pyfuse3.Operations):
         entry.st_ctime_ns = owner.ctime_ns
         entry.st_blksize = PAGE_SIZE
         if node.ino == INFO_INO:
-            entry.st_size = sum(map(len, control.info_text()))
+            entry.st_size = sum(map(len, control.info_text(self._names.semantics.alignment)))
         # Such a node comes and goes with its owner, without the kernel knowing why.
         entry.entry_timeout = entry.attr_timeout = 0
         return entry

@@ -11,10 +11,12 @@ import struct
 import threading
 from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
+import attrs
 import trio
 
 from msharefs.abi import (
     PAGE_SIZE,
+    PROT_ALL,
     Args,
     Command,
     CreateArgs,
@@ -38,7 +40,8 @@ from msharefs.memory.examine import examine
 from msharefs.region.errors import BadArgument, NothingThere, RegionError, Unsupported
 from msharefs.region.events import Event, EventKind
 from msharefs.region.mapping import PROTS
-from msharefs.region.region import check_may_change
+from msharefs.region.pages import page_down, page_up
+from msharefs.region.semantics import MSHARE
 from msharefs.service.errors import NotAnIoctl, errno_of
 from msharefs.service.handles import DirectoryHandle, RegionHandle
 from msharefs.units import errno_name
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
     from msharefs.memory.examine import Examined
     from msharefs.region.events import Actor
     from msharefs.region.mapping import Change
+    from msharefs.region.semantics import Semantics
     from msharefs.service.changes import Changes
     from msharefs.service.contents import Contents
     from msharefs.service.handles import Handles
@@ -82,6 +86,7 @@ class Ioctls:
         gate: Gate = Gate.NONE,
         notify: Notify | None = None,
         region_devices: Callable[[], frozenset[int]],
+        semantics: Semantics = MSHARE,
     ) -> None:
         self._handles = handles
         self._changes = changes
@@ -90,6 +95,7 @@ class Ioctls:
         self._gate = gate
         self._watch = notify
         self._region_devices = region_devices
+        self._semantics = semantics
         self._handlers: dict[
             Command,
             Callable[[RegionHandle, bytes, int], IoctlReply | Awaitable[IoctlReply]],
@@ -107,9 +113,12 @@ class Ioctls:
     def __call__(self, request: IoctlRequest) -> IoctlReply | Awaitable[IoctlReply]:
         """Raises what :func:`~msharefs.service.errors.errno_of` can translate."""
         command = _COMMANDS.get(request.cmd)
-        if command is None:
-            raise NotAnIoctl(f"ioctl {request.cmd:#x}")
         handle = self._handles.get(request.fh)
+        if command not in self._semantics.commands:
+            if self._semantics.sized_once and isinstance(handle, RegionHandle):
+                handle.file.region.check_sized()  # which is looked at before the command is
+            raise NotAnIoctl(f"ioctl {request.cmd:#x}")
+        assert command is not None, "it is one that regions have"
         if not isinstance(handle, RegionHandle):
             if command is Command.INFO and isinstance(handle, DirectoryHandle):
                 return self._info_of(0)
@@ -153,7 +162,7 @@ class Ioctls:
         args = _unpack(CreateArgs, data)
         region = handle.file.region
         region.check_sized()
-        check_may_change(handle.access)
+        region.check_may_change(handle.access)
         if not args.flags & MapFlag.ANONYMOUS:
             return self._map_object(handle, args, tid)
         prot = args.prot
@@ -172,6 +181,9 @@ class Ioctls:
         self, handle: RegionHandle, args: CreateArgs, tid: int
     ) -> Awaitable[IoctlReply]:
         handle.file.region.check_map(args.region_offset, args.size, args.prot, args.flags)
+        if handle.file.region.semantics.as_mmap:
+            offset, size, prot = page_down(args.offset), page_up(args.size), args.prot & PROT_ALL
+            args = attrs.evolve(args, offset=offset, size=size, prot=prot)
         if args.offset % PAGE_SIZE:
             raise BadArgument(f"object offset {args.offset:#x} is not a multiple of {PAGE_SIZE}")
         if args.offset + args.size >= 1 << 63:
@@ -247,7 +259,7 @@ class Ioctls:
         args = _unpack(UnmapArgs, data)
         region = handle.file.region
         region.check_sized()
-        check_may_change(handle.access)
+        region.check_may_change(handle.access)
         return self._change(
             handle,
             tid,
@@ -264,7 +276,7 @@ class Ioctls:
         args = _unpack(ProtectArgs, data)
         region = handle.file.region
         region.check_sized()
-        check_may_change(handle.access)
+        region.check_may_change(handle.access)
         return self._change(
             handle,
             tid,
@@ -320,7 +332,10 @@ class Ioctls:
     def _info_of(self, size: int) -> IoctlReply:
         """Also of a directory, and before a region has its size: one needs the alignment then."""
         answer = InfoArgs(
-            gate=self._gate, features=int(self._features), alignment=PAGE_SIZE, region_size=size
+            gate=self._gate,
+            features=int(self._features),
+            alignment=self._semantics.alignment,
+            region_size=size,
         )
         return IoctlReply(data=answer.pack())
 
@@ -332,7 +347,7 @@ class Ioctls:
         args = _unpack(NotifyArgs, data)
         region = handle.file.region
         region.check_sized()
-        check_may_change(handle.access)
+        region.check_may_change(handle.access)
         region.check_range(args.region_offset, args.size)
         _check_notify(args)
         if self._watch is None:

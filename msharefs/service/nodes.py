@@ -165,6 +165,11 @@ class Namespace:
     def __len__(self) -> int:
         return len(self._nodes)
 
+    @property
+    def semantics(self) -> Semantics:
+        """Those of every region."""
+        return self._semantics
+
     def node(self, ino: int) -> Node:
         """Raises NoSuchName if there is no such node (any more)."""
         found = self._nodes.get(ino)

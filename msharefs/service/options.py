@@ -10,7 +10,7 @@ import psutil
 from msharefs.clients.policy import Enforce, Way
 from msharefs.memory.tmpfs import HUGE_POLICIES
 from msharefs.region.pages import page_down
-from msharefs.region.semantics import AUTOMAP, MSHARE, Semantics
+from msharefs.region.semantics import AUTOMAP, MSHARE, V3, Semantics
 from msharefs.service.eventlog import MOUNT_CAPACITY
 from msharefs.units import parse_size
 
@@ -58,6 +58,8 @@ _IGNORED: Final = frozenset(
 default_permissions always hold, and reading a region never sets its atime."""
 
 
+V3_ROOT_MODE: Final = 0o777
+"""Anybody may remove anybody's region: the kernel series sets no sticky bit."""
 GATES: Final = ("auto", "lsm", "ptrace", "none")
 
 
@@ -83,6 +85,7 @@ class MountOptions:
     read_only: bool = False
     noexec: bool = False
     automap: bool = False
+    strict: bool = False
     private: bool = False
     native: bool = False
 
@@ -92,6 +95,10 @@ class MountOptions:
         (
             "automap",
             "plain files as on tmpfs: growing one maps memory; size= is half of all memory",
+        ),
+        (
+            "strict=v3",
+            "as version 3 of the kernel series: sizes and addresses in units of 512 GiB",
         ),
         ("io=WAY", "automap: read() and write() checked (default), or native: fast and unchecked"),
         ("private=POLICY", "MAP_PRIVATE: refuse (default) or allow; such a copy is out of reach"),
@@ -111,7 +118,7 @@ class MountOptions:
     @property
     def semantics(self) -> Semantics:
         """What the mount takes its files for."""
-        kind = AUTOMAP if self.automap else MSHARE
+        kind = AUTOMAP if self.automap else V3 if self.strict else MSHARE
         return attrs.evolve(kind, private=self.private, native=self.native and self.automap)
 
     @property
@@ -144,6 +151,10 @@ class MountOptions:
             else:
                 known = ", ".join(option for option, _ in cls.HELP)
                 raise OptionError(f"unknown option {word!r} (known: {known})")
+        if found.get("strict"):
+            if found.keys() & {"automap", "private", "native"}:
+                raise OptionError("strict=v3 goes with none of automap, io=, private=")
+            found.setdefault("root_mode", V3_ROOT_MODE)
         return cls(source=source, **found)  # type: ignore[arg-type] # each converter fits its field
 
 
@@ -180,6 +191,12 @@ def _either(no: str, yes: str) -> Callable[[str], bool]:
         return text == yes
 
     return convert
+
+
+def _v3(text: str) -> bool:
+    if text != "v3":
+        raise ValueError(f"{text!r} is not v3, which is the only one")
+    return True
 
 
 def _gate(text: str) -> str:
@@ -221,6 +238,7 @@ _VALUES: Final[dict[str, tuple[str, Callable[[str], object]]]] = {
     "huge": ("huge", _huge),
     "private": ("private", _either("refuse", "allow")),
     "io": ("native", _either("checked", "native")),
+    "strict": ("strict", _v3),
     "mode": ("root_mode", _mode),
     "uid": ("uid", _id),
     "gid": ("gid", _id),

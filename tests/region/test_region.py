@@ -7,7 +7,7 @@ import pytest
 from msharefs.abi import PROT_ALL, Kind, MapFlag, Prot
 from msharefs.region import errors
 from msharefs.region.mapping import ANON, Mapping, ObjectRef
-from msharefs.region.region import READ_ONLY, READ_WRITE, WRITE_ONLY, Region, check_may_change
+from msharefs.region.region import READ_ONLY, READ_WRITE, WRITE_ONLY, Region
 from tests.region.model import FILE_A, PAGE
 
 U64 = 1 << 64
@@ -303,10 +303,10 @@ def test_an_open_during_a_change_is_held_to_the_rights_to_come():
 
 
 def test_only_a_writable_descriptor_may_change_the_table():
-    check_may_change(READ_WRITE)
-    check_may_change(WRITE_ONLY)
+    Region(1, "r").check_may_change(READ_WRITE)
+    Region(1, "r").check_may_change(WRITE_ONLY)
     with pytest.raises(errors.DescriptorReadOnly):
-        check_may_change(READ_ONLY)
+        Region(1, "r").check_may_change(READ_ONLY)
 
 
 # -- read() and write()
