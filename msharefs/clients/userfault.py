@@ -271,9 +271,9 @@ class Userfault:
 
     # -- waiting for the client's mmap_lock
 
-    def register(self, address: int, size: int, mode: Mode) -> Outcome:
-        """Begin to watch; a mode that was set before is replaced."""
-        return self._call(_REGISTER, _FOUR.pack(address, size, int(mode), 0), refusable=True)
+    def register(self, address: int, size: int, mode: int) -> Outcome:
+        """Begin to watch (:class:`Mode`); a mode that was set before is replaced."""
+        return self._call(_REGISTER, _FOUR.pack(address, size, mode, 0), refusable=True)
 
     def unregister(self, address: int, size: int) -> Outcome:
         """Stop to watch: protection of pages is lifted, waiters go on."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import trio
@@ -20,10 +21,12 @@ import trio
 from msharefs.abi import PROT_ALL, Prot
 from msharefs.clients.arch import Number
 from msharefs.clients.borrow import borrow, waits_for_child
-from msharefs.clients.faults import Span
+from msharefs.clients.faults import Served, Span, moving
 from msharefs.clients.gone import Gone
 from msharefs.clients.many import protect_many, protecting
+from msharefs.clients.procmap import MappedRange
 from msharefs.clients.replica import Comparison, Step, is_replica
+from msharefs.clients.roster import Client
 from msharefs.clients.space import AddressSpace, files_of
 from msharefs.clients.userfault import Outcome, UserfaultUnavailable, make
 from msharefs.region.demand import Caught, Demand
@@ -35,9 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
 
     from msharefs.clients.borrow import Body, Borrowed
-    from msharefs.clients.faults import Served
-    from msharefs.clients.procmap import MappedRange
-    from msharefs.clients.roster import Attachment, Client
+    from msharefs.clients.roster import Attachment
     from msharefs.clients.tracer import Session
     from msharefs.service.enforce import Enforcer
     from msharefs.service.layout import Layout
@@ -52,6 +53,8 @@ LIMIT: Final = 1.0
 MADV_DONTNEED: Final = 4
 
 DECLARED_TOO_MANY: Final = 64
+STAMPS: Final = count(1)
+"""The numbers of changes that have everything caught anew."""
 _OPEN: Final = int(Prot.READ | Prot.WRITE)
 
 
@@ -65,8 +68,9 @@ class Batch:
         layout: Layout,
         before: Sequence[Demand],
         *,
-        rearm: bool = False,
+        rearm: int = 0,
     ) -> None:
+        """``rearm``: everything is to be caught anew, in each client once for that number."""
         self._enforcer = enforcer
         self._file = file
         self._layout = layout
@@ -80,6 +84,8 @@ class Batch:
         self._catches = any(demand.caught for demand in layout.served)
         self._uncatchable: set[Client] = set()
         self._zap: dict[Client, list[Span]] = {}
+        self.touched = False
+        """Whether anybody did not obey already."""
 
     async def look(
         self, clients: Sequence[Client], *, seen: bool = False, waiting: bool = True
@@ -110,7 +116,7 @@ class Batch:
                     roster.forget(client)
                 else:
                     self._note(client, files.get(inode, []), waiting=waiting)
-        self._enforcer.claim(self.windows, inode)
+        self._uncatchable.update(await self._enforcer.claim(self.windows))
 
     def _note(self, client: Client, mapped: list[MappedRange], *, waiting: bool) -> None:
         if not mapped:
@@ -128,7 +134,11 @@ class Batch:
         failures: dict[Client, Exception] = {}
         if not self._catches:
             return failures
-        makers = [client for client in self.windows if client.served is None]
+        makers = [
+            client
+            for client in self.windows
+            if client.served is None and client not in self._uncatchable
+        ]
         made = await self._sessions(dict.fromkeys(makers, make))
         for client, outcome in made.items():
             if isinstance(outcome, Exception):
@@ -142,7 +152,9 @@ class Batch:
             for client, windows in self.windows.items()
             if client not in self._uncatchable and (spans := self._to_catch(client, windows))
         }
-        for client, outcome in (await self._bring(todo)).items():
+        outcomes = await self._bring(todo)
+        await self._catch_unmet()
+        for client, outcome in outcomes.items():
             if isinstance(outcome, Exception):
                 failures[client] = outcome
             elif outcome is Outcome.SERVED:
@@ -151,10 +163,40 @@ class Batch:
                 zap = [span for span in todo[client] if span.caught & Caught.ACCESSES]
                 self._zap[client] = zap
             else:
-                # Gone may be only who it was taken for: of children forked together one may have
-                # ended.
                 self._uncatchable.add(client)
         return failures
+
+    async def _catch_unmet(self) -> None:
+        """Catch it in children as well that have no number yet, or that nobody has seen.
+
+        A child that is being forked is told of before its parent can be protected, and of those
+        that are forked later what their parents had is true.
+        """
+        faults, met = self._enforcer.faults, set[Served]()
+        while True:
+            todo = [
+                (child, spans)
+                for child in faults.unmet()
+                if child not in met and (spans := self._to_catch_unmet(child))
+            ]
+            if not todo:
+                return
+            met.update(child for child, _ in todo)
+            await faults.bring_many(todo)
+
+    def _to_catch_unmet(self, child: Served) -> list[Span]:
+        inode = self._file.ino
+        windows = self.windows.get(child.client) if isinstance(child.client, Client) else None
+        if windows is None:  # those of its parent are not known: what it has inherited will do
+            windows = [
+                MappedRange(0, span.address, span.end, PROT_ALL, True, span.offset, inode)
+                for span in child.spans
+                if span.region == inode
+            ]
+        spans = _spans(windows, [demand for demand in self._layout.served if demand.caught], inode)
+        if self._rearm and child.stamps.get(inode) != self._rearm:
+            return spans
+        return [span for span in spans if not child.catches(span)]
 
     def _to_catch(self, client: Client, windows: list[MappedRange]) -> list[Span]:
         attached = client.regions.get(self._file.ino)
@@ -163,7 +205,9 @@ class Batch:
         caught = [demand for demand in self._layout.served if demand.caught]
         every = _spans(windows, caught, self._file.ino)
         served = client.served
-        if self._rearm or not attached.armed or served is None:
+        if served is None or not attached.armed:
+            return every
+        if self._rearm and served.stamps.get(self._file.ino) != self._rearm:
             return every
         # What it has mapped since, or had before it was forked, is not caught by itself.
         found = _spans(windows, newly(self._before, self._layout.served), self._file.ino)
@@ -173,15 +217,23 @@ class Batch:
 
     async def lift(self) -> None:
         """Catch no more what is no longer to be caught."""
-        gone = no_longer(self._before, self._layout.served)
-        if not gone:
-            return
+        inode, served = self._file.ino, self._layout.served
+        gone = no_longer(self._before, served)
+        free = [] if self._before else [demand for demand in served if not demand.caught]
         todo: dict[Client, list[Span]] = {}
         for client, windows in self.windows.items():
-            attached = client.regions.get(self._file.ino)
-            if attached is not None and attached.armed:
-                todo[client] = _spans(windows, gone, self._file.ino)
+            attached = client.regions.get(inode)
+            if client.served is None or attached is None or not attached.armed:
+                continue
+            spans = _spans(windows, gone, inode)
+            # What a child has inherited meanwhile nobody knows but itself.
+            spans += [s for s in _spans(windows, free, inode) if client.served.catches_any(s)]
+            if spans:
+                todo[client] = spans
+            if gone or spans:
                 self._note_armed(attached)
+            if self._rearm and client not in self._uncatchable:
+                client.served.stamps[inode] = self._rearm
         await self._bring(todo)
 
     def _note_armed(self, attached: Attachment) -> None:
@@ -194,14 +246,15 @@ class Batch:
     async def _bring(self, todo: dict[Client, list[Span]]) -> dict[Client, Outcome | Exception]:
         """Have spans caught, without a moment in which one is caught by nobody and open to all."""
         faults = self._enforcer.faults
+        self.touched = self.touched or bool(todo)
         outcomes: dict[Client, Outcome | Exception] = {}
         plain: list[tuple[Client, Served]] = []
         for client, spans in todo.items():
             served = client.served
             if served is None:  # it has just ended
                 outcomes[client] = Outcome.GONE
-            elif moving := faults.moving(served, spans):
-                outcomes[client] = await self._bring_shut(client, served, spans, moving)
+            elif shut := moving(served, spans):
+                outcomes[client] = await self._bring_shut(client, served, spans, shut)
             else:
                 plain.append((client, served))
         brought = await faults.bring_many([(served, todo[client]) for client, served in plain])
@@ -209,17 +262,17 @@ class Batch:
         return outcomes
 
     async def _bring_shut(
-        self, client: Client, served: Served, spans: list[Span], moving: Sequence[Span]
+        self, client: Client, served: Served, spans: list[Span], shut: Sequence[Span]
     ) -> Outcome | Exception:
         windows = self.windows[client]
-        await self._sessions({client: _protecting(_gated(windows, moving, shut=True), ())})
+        await self._sessions({client: _protecting(_gated(windows, shut, shut=True), ())})
         try:
             return await self._enforcer.faults.bring(served, spans)
         except OSError as error:
             return error
         finally:
             with trio.CancelScope(shield=True):
-                steps = _gated(windows, moving, shut=False)
+                steps = _gated(windows, shut, shut=False)
                 await self._sessions({client: _protecting(steps, ())})
 
     # -- protections
@@ -258,6 +311,7 @@ class Batch:
                 bodies[client] = _protecting(steps, zap)
             elif steps:
                 plain_steps[client] = steps
+        self.touched = self.touched or bool(bodies or plain_steps)
         outcomes = await self._sessions(bodies)
         outcomes.update(await self._protect(plain_steps))
         await self._by_children(plain_steps, outcomes)

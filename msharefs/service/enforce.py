@@ -8,7 +8,8 @@ the new table allow; then the table is swapped and memory dropped, which is the 
 each is brought to the new table. All processes are worked on side by side. Rights are taken away
 everywhere before anything else happens, so nobody ever has more than old and new rights together.
 Processes that turn up meanwhile (forks of those not yet changed) are looked for after each step
-until there are no more.
+until all that are found obey already. Who comes by the gate meanwhile obeys from the beginning, and
+a child of one that has been changed has inherited it.
 
 What cannot be changed: a process that may not be borrowed (NotAdoptable), or did not stop within
 :data:`~msharefs.service.batch.LIMIT` (ClientStuck). With ``enforce=strict`` the change is undone and
@@ -40,10 +41,10 @@ from msharefs.region.demand import both
 from msharefs.region.errors import ClientStuck, NotAdoptable, RegionError, RightsInUse
 from msharefs.region.events import Event, EventKind
 from msharefs.region.mapping import PROTS
-from msharefs.service.batch import Batch, all_locks, has_now
+from msharefs.service.batch import STAMPS, Batch, all_locks, has_now
 from msharefs.service.debts import Debts
 from msharefs.service.errors import errno_of
-from msharefs.service.layout import END, After, Layout, anything, layout_of
+from msharefs.service.layout import END, After, Layout, anything, layout_of, put
 from msharefs.service.move import Move, unknown
 
 if TYPE_CHECKING:
@@ -112,6 +113,8 @@ class Enforcer:
         self._spaces: dict[int, AddressSpace] = {}
         self._look = trio.Event()
         self._later: trio.Nursery | None = None
+        self.moves: Final[dict[int, Move]] = {}
+        """Changes that are just taking rights away, by region."""
         self.debts: Final = Debts(self)
 
     def way(self, file: RegionFile, size: int) -> Way:
@@ -130,6 +133,12 @@ class Enforcer:
         await self.roster.survey()
         seen = set(known)
         return [client for client in self.roster.of_region(file.ino) if client not in seen]
+
+    def rule(self, file: RegionFile) -> Layout:
+        """What holds for one who comes now: the table, less what a change is about to take."""
+        layout = layout_of(file.region, self.state(file))
+        move = self.moves.get(file.ino)
+        return layout if move is None else put(layout, move.between)
 
     # -- a change
 
@@ -233,9 +242,7 @@ class Enforcer:
             start, end = ranges[0].start, ranges[-1].end
         old = layout_of(region, state, start, end)
         new = layout_of(region, state, start, end, ranges, after)
-        gives = all(
-            not part.lost and not part.replaced and part.old is not None for part in ranges
-        )
+        gives = all(not part.lost and not part.replaced and part.old is not None for part in ranges)
         return Move(self, file, old, new, clients, surveyed=contested, gives=gives)
 
     async def begin_shrinking(
@@ -257,33 +264,41 @@ class Enforcer:
         new = layout_of(file.region, self.state(file), start, end)
         old = Layout(new.plain, anything(new))
         between = Layout(new.plain, both(new.plain, new.served))
-        move = Move(self, file, old, new, clients, between=between, rearm=True)
-        await move.narrow()
-        await move.widen()
+        move = Move(self, file, old, new, clients, between=between, rearm=next(STAMPS))
+        try:
+            await move.narrow()
+            await move.widen()
+        finally:
+            self.moves.pop(file.ino, None)
 
     # -- those who are served
 
-    def claim(self, clients: Iterable[Client], inode: int) -> None:
-        """Those who were forked by a client that is served are served from their first moment."""
+    async def claim(self, clients: Iterable[Client]) -> list[Client]:
+        """Those who were forked by a client that is served are served from their first moment.
+
+        Returns those of whom it could not be found out: they are to be left without faults.
+        """
         if not len(self.faults):
-            return
-        for client in sorted(clients, key=lambda client: client.pid):
-            served = self.faults.child(client.pid) if client.served is None else None
-            if served is None:
-                continue
+            return []
+        asked = {client.space: client for client in clients if client.served is None}
+        claims = await self.faults.claim(list(asked))
+        for space, served in claims.found.items():
+            client = asked[space]
             self.serve(client, served)
-            spans = [span for half in served.halves for span in half.spans]
-            attached = client.regions[inode]
-            attached.armed = sorted(
-                (span.offset, span.offset + span.size) for span in spans if span.region == inode
-            )
+            for inode, attached in client.regions.items():
+                attached.armed = sorted(
+                    (span.offset, span.offset + span.size)
+                    for span in served.spans
+                    if span.region == inode
+                )
+        return [asked[space] for space in claims.unknown]
 
     def serve(self, client: Client, served: Served) -> None:
         """``served`` are the client's userfaultfds, to be let go with it."""
-        if client.closed:  # it ended while they were made
+        if client.closed:  # it ended meanwhile
             self.faults.drop(served)
             return
-        served.client, served.adopted = client, True
+        self.faults.adopt(served, client)
         client.served = served
         client.on_close.append(partial(self.faults.drop, served))
 
@@ -336,17 +351,18 @@ class Enforcer:
         layout: Layout,
         before: Sequence[Demand] = (),
         *,
-        rearm: bool = False,
+        rearm: int = 0,
         seen: bool = False,
         strict: bool | None = None,
-    ) -> None:
+    ) -> bool:
         """Bring clients to ``layout``; what ``before`` catches is caught in them already.
 
-        With ``rearm`` it is caught anew. ``seen`` as for :meth:`Batch.look`. Raises as the module
-        says; whose only thread waits for us is owed it (``debts.py``).
+        ``rearm`` as for :class:`Batch`, ``seen`` as for :meth:`Batch.look`. Raises as the module
+        says; whose only thread waits for us is owed it (``debts.py``). Whether there was anything
+        to be done.
         """
         if not clients:
-            return
+            return False
         strict = self.strict if strict is None else strict
         batch = Batch(self, file, layout, before, rearm=rearm)
         async with all_locks(clients):
@@ -355,6 +371,7 @@ class Enforcer:
             failures |= await batch.step()
             await batch.lift()
         self._judge(file, [c for c in clients if c not in batch.late], failures, strict=strict)
+        return batch.touched or bool(failures)
 
     def _judge(
         self,
@@ -404,8 +421,8 @@ class Enforcer:
         if file.ino not in client.regions:
             return
         try:
-            layout = layout_of(file.region, self.state(file))
-            batch = Batch(self, file, layout, anything(layout), rearm=True)
+            layout = self.rule(file)
+            batch = Batch(self, file, layout, anything(layout), rearm=next(STAMPS))
             batch.run_by[client] = run
             await batch.look([client], waiting=False)
             failures = await batch.catch()
@@ -481,7 +498,6 @@ class Enforcer:
     async def admit(
         self,
         file: RegionFile,
-        state: RegionState,
         client: Client,
         window: MappedRange,
         run: Run,
@@ -490,7 +506,7 @@ class Enforcer:
 
         The caller holds the client's lock. Raises NotAdoptable, Gone, OSError.
         """
-        batch = Batch(self, file, layout_of(file.region, state), ())
+        batch = Batch(self, file, self.rule(file), ())
         batch.windows[client] = [window]
         batch.run_by[client] = run
         failures = await batch.catch()

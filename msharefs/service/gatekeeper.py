@@ -196,7 +196,7 @@ class Gatekeeper:
             return
         client.regions[file.ino].declare(window.start, window.end, prot)
         try:
-            await enforcer.admit(file, self._changes.state(file), client, window, held.run)
+            await enforcer.admit(file, client, window, held.run)
         except Gone:
             enforcer.roster.forget(client)
         except Exception as error:  # noqa: BLE001 - listed; a change will try again

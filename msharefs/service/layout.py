@@ -69,6 +69,20 @@ def layout_of(
     return Layout(plain, demands(pieces, watched, faulting) if watched or faulting else plain)
 
 
+def put(base: Layout, part: Layout) -> Layout:
+    """``base``, but where ``part`` says something what that says."""
+    return Layout(_put(base.plain, part.plain), _put(base.served, part.served))
+
+
+def _put(base: list[Demand], part: list[Demand]) -> list[Demand]:
+    if not part:
+        return base
+    start, end = part[0].start, part[-1].end
+    before = [attrs.evolve(d, end=min(d.end, start)) for d in base if d.start < start]
+    behind = [attrs.evolve(d, start=max(d.start, end)) for d in base if d.end > end]
+    return [*before, *part, *behind]
+
+
 def anything(layout: Layout) -> list[Demand]:
     """The range of ``layout``, as if everything were caught there: for when nobody knows."""
     caught = Caught.STORES | Caught.ACCESSES

@@ -7,14 +7,14 @@ between the two steps nobody has more than what both allow.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from msharefs.clients.roster import State
 from msharefs.region.demand import both
 from msharefs.service.errors import errno_of
-from msharefs.service.layout import Layout, layout_of
+from msharefs.service.layout import Layout, layout_of, put
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from msharefs.region.demand import Demand
     from msharefs.service.enforce import Enforcer
     from msharefs.service.nodes import RegionFile
+
+
+ROUNDS: Final = 64
+"""How often a change looks for those who have turned up since it looked last."""
 
 
 class Move:
@@ -37,11 +41,11 @@ class Move:
         clients: list[Client],
         *,
         between: Layout | None = None,
-        rearm: bool = False,
+        rearm: int = 0,
         surveyed: bool = True,
         gives: bool = False,
     ) -> None:
-        """``surveyed``: everybody was looked for; else only ``clients`` were looked at.
+        """``rearm`` as for a batch. ``surveyed``: everybody was looked for; else only ``clients``.
 
         ``gives``: nothing but rights to memory that is there already, so that there is nothing to
         be done before the table is swapped.
@@ -49,71 +53,94 @@ class Move:
         self._enforcer = enforcer
         self._file = file
         self._old, self._new = old, new
-        self._between = between or Layout(both(old.plain, new.plain), both(old.served, new.served))
+        self.between = between or Layout(both(old.plain, new.plain), both(old.served, new.served))
         self._rearm = rearm
         self.clients = clients
         self._surveyed = surveyed
-        self._gives = gives and self._between == old
+        self._gives = gives and self.between == old
         self._seen = True
         """What has just been seen of the clients is still true."""
 
     async def narrow(self) -> None:
-        """Take away what the new layout does not give; catch what it wants to be caught."""
+        """Take away what the new layout does not give; catch what it wants to be caught.
+
+        From here on until :meth:`widen` or :meth:`undo` who comes by the gate has no more either.
+        """
         if not self._gives:
-            await self._bring_all(self._between, self._old.served, rearm=self._rearm)
+            self._enforcer.moves[self._file.ino] = self
+            await self._bring_all(self.between, self._old.served, rearm=self._rearm)
 
     async def widen(self) -> None:
         """Give what the new layout gives; catch no more what it does not want to be caught."""
-        if self._between != self._new:
-            await self._bring_all(self._new, self._between.served)
+        self._enforcer.moves.pop(self._file.ino, None)
+        if self.between != self._new:
+            await self._bring_all(self._new, self.between.served)
 
     async def undo(self) -> None:
         """Back to the old layout, as far as that can be had; never raises."""
+        self._enforcer.moves.pop(self._file.ino, None)
         try:
             await self._enforcer.bring(
                 self._file,
-                [c for c in self.clients if self._file.ino in c.regions],
+                self._enforcer.roster.of_region(self._file.ino),
                 self._old,
-                self._between.served,
+                self.between.served,
                 strict=False,
             )
         except Exception as error:  # noqa: BLE001 - the first failure is the one to be told
             errno_of(error, f"undoing a change of {self._file.region.name}")
 
-    async def _bring_all(
-        self, layout: Layout, before: Sequence[Demand], *, rearm: bool = False
-    ) -> None:
+    async def _bring_all(self, layout: Layout, before: Sequence[Demand], *, rearm: int = 0) -> None:
+        """Bring everybody to it, and those who turn up meanwhile, until all who do obey already.
+
+        A stream of processes that obey from their beginning does not go on for ever that way; of
+        others no more than :data:`ROUNDS` are waited for, and the rest come under the census.
+        """
         enforcer, file = self._enforcer, self._file
-        todo, known = self.clients, True
-        while todo or not self._surveyed:
-            fresh = [client for client in todo if unknown(client, file.ino)]
-            if fresh:  # nobody has brought these to what was the rule until now
-                await self._bring(fresh, layout_of(file.region, enforcer.state(file)))
-            seen, self._seen = self._seen and not fresh, False
+        todo, first = self.clients, True
+        if not todo and self._surveyed:
+            return
+        for _ in range(ROUNDS):
+            seen, self._seen = self._seen, False
             failure: Exception | None = None
+            touched = first
             async with trio.open_nursery() as nursery:
                 if not self._surveyed:
                     self._surveyed = True
                     nursery.start_soon(enforcer.roster.strangers)
                 try:
-                    await self._bring(todo, layout, before if known else (), rearm=rearm, seen=seen)
+                    touched |= await self._bring(todo, layout, before if first else (), rearm, seen)
                 except Exception as error:  # noqa: BLE001 - raised below, as it is
                     failure = error
             if failure is not None:
                 raise failure
-            todo, known = await enforcer.newcomers(file, self.clients), False
+            if not touched:
+                return
+            first = False
+            todo = await enforcer.newcomers(file, self.clients)
+            if not todo:
+                return
             self.clients += todo
+        enforcer.look_around()
 
     async def _bring(
         self,
         clients: list[Client],
         layout: Layout,
-        before: Sequence[Demand] = (),
-        *,
-        rearm: bool = False,
-        seen: bool = False,
-    ) -> None:
-        await self._enforcer.bring(self._file, clients, layout, before, rearm=rearm, seen=seen)
+        before: Sequence[Demand],
+        rearm: int,
+        seen: bool,
+    ) -> bool:
+        """Whether there was anything to be done."""
+        enforcer, file = self._enforcer, self._file
+        touched = False
+        fresh = [client for client in clients if unknown(client, file.ino)]
+        if fresh:  # nobody has brought these to what is the rule elsewhere in the region
+            clients = [client for client in clients if client not in set(fresh)]
+            whole = put(layout_of(file.region, enforcer.state(file)), layout)
+            touched = await enforcer.bring(file, fresh, whole, rearm=rearm, seen=seen)
+        touched |= await enforcer.bring(file, clients, layout, before, rearm=rearm, seen=seen)
+        return touched
 
 
 def unknown(client: Client, inode: int) -> bool:

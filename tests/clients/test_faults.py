@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import attrs
 import pytest
 import trio
+import trio.testing
 
+from msharefs.clients.arming import in_lane
 from msharefs.clients.faults import Answer, Faults, Span
+from msharefs.clients.space import AddressSpace
 from msharefs.clients.userfault import Outcome
 from msharefs.region.demand import Caught
 
@@ -304,33 +307,118 @@ async def test_a_child_of_a_client_with_both_descriptors_has_both(start_toucher)
             os.kill(pid, signal.SIGKILL)
 
 
-async def test_children_that_nobody_met_are_found_by_their_parent_and_buried(
-    start_toucher, monkeypatch
-):
-    monkeypatch.setattr("msharefs.clients.faults.BURIAL_PAUSE", 0.01)
-    toucher, host = start_toucher(), Host(Answer.WAIT)
+def mapped(pid):
+    return Path(f"/proc/{pid}/maps").read_text()
+
+
+def zombie(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
+
+
+async def forked(toucher, host, count):
+    """So many children of it that do nothing, and what serves them, in any order."""
+    before = len(host.children)
+    pids = [int((await toucher.do("g")).split()[1]) for _ in range(count)]
+    await host.until(lambda: len(host.children) == before + count)
+    return pids, host.children[before:]
+
+
+async def test_children_are_told_apart_without_a_word_from_them(start_toucher, monkeypatch):
+    monkeypatch.setattr("msharefs.clients.faults.BURIAL_PAUSE", 3600)
+    toucher, host = start_toucher(), Host()
+    async with serving(host) as faults, AsyncExitStack() as spaces:
+
+        def space(pid):
+            found = AddressSpace(pid)
+            spaces.callback(found.close)
+            return found
+
+        await served(faults, toucher, STORES)
+        pids, children = await forked(toucher, host, 6)
+        try:
+            of = {pid: space(pid) for pid in pids}
+            maps = {pid: mapped(pid) for pid in pids}
+            others = [space(toucher.pid), space(os.getppid())]
+            claims = await faults.claim([*others, *of.values()])
+            assert set(claims.found) == set(of.values())
+            assert set(claims.found.values()) == set(children)
+            assert (claims.unknown, claims.ended) == ([], [])
+            for pid, its in of.items():
+                assert claims.found[its].pid == pid
+                assert mapped(pid) == maps[pid], "nothing is left of it"
+            # What each one stores tells who it really is.
+            for pid in pids[::-1]:
+                os.kill(pid, signal.SIGUSR1)
+                await host.until(lambda: len(host.seen) == 1)
+                ((offset, store, seen),) = host.seen
+                assert (offset, store, seen) == (0, True, pid)
+                assert claims.found[of[pid]].faults == 1
+                host.seen.clear()
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+
+
+async def test_children_that_have_ended_are_buried_and_taken_for_nobody(start_toucher, monkeypatch):
+    toucher, host = start_toucher(), Host()
+    monkeypatch.setattr("msharefs.clients.faults.BURIAL_PAUSE", 3600)
     async with serving(host) as faults:
-        client = await served(faults, toucher, STORES)
-        toucher.tell("h 4096")
-        toucher.tell("h 8192")
-        answers = [await toucher.answer(), await toucher.answer()]
-        pids = [int(text.split()[1]) for text in answers]
-        await host.until(lambda: len(host.seen) == 2)
-        children = host.children
-        assert sorted(child.pid for child in children) == sorted(pids), "met by their stores"
-        assert {faults.child(pid) for pid in pids} == set(children)
-        assert faults.child(os.getpid()) is None
-        os.kill(pids[0], signal.SIGKILL)
-        with trio.fail_after(PATIENCE):
-            while (dying := faults.child(pids[0])) is not None:
-                await faults.alive(dying)
-        unmet = faults.child(pids[1])
-        unmet.pid, unmet.parent = None, client
-        assert faults.child(pids[1]) is unmet
-        unmet.pid, unmet.parent = None, client
-        os.kill(pids[1], signal.SIGKILL)
-        await host.until(lambda: len(host.over) == 2)
-        assert faults.child(pids[1]) is None
+        await served(faults, toucher, STORES)
+        (first, second, third), children = await forked(toucher, host, 3)
+        os.kill(first, signal.SIGKILL)
+        os.kill(third, signal.SIGKILL)
+        await eventually(lambda: zombie(first) and zombie(third))
+        space = AddressSpace(second)
+        try:
+            claims = await faults.claim([space])
+            (child,) = claims.found.values()
+            assert await faults.alive(child)
+            faults.adopt(child, second)
+            left = [one for one in children if one is not child]
+            assert faults.unmet() == [one for one in left if one.halves]
+            for one in faults.unmet():
+                assert not await faults.alive(one)
+            assert faults.unmet() == []
+            assert len(host.over) == 2
+            assert (await faults.claim([space])).found == {}, "it is known already"
+        finally:
+            space.close()
+            os.kill(second, signal.SIGKILL)
+
+
+async def test_who_is_forked_while_it_is_being_armed_is_in_doubt(start_toucher):
+    """A child inherits for certain only what was in force when its parent's fork was told of."""
+    toucher, host = start_toucher(), Host()
+    async with serving(host) as faults:
+        client = await served(faults, toucher, STORES, 0, SIZE // 2)
+        later = Span(toucher.address + SIZE // 2, SIZE // 2, REGION, SIZE // 2, STORES)
+        sure = Span(toucher.address, SIZE // 2, REGION, 0, STORES)
+        pids, children = await forked(toucher, host, 1)
+        assert children[0].catches(sure)
+        assert not children[0].catches(later)
+        release = threading.Event()
+        faults._workers.submit(client.lane, release.wait)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(faults.bring, client, [later])
+            await trio.testing.wait_all_tasks_blocked()
+            more, children = await forked(toucher, host, 1)
+            release.set()
+        pids += more
+        try:
+            (child,) = children
+            assert child.spans == client.spans
+            assert child.catches(sure)
+            assert client.catches(later)
+            assert not child.catches(later)
+            assert await faults.bring(child, [later]) is Outcome.SERVED
+            assert child.catches(later)
+            assert not child.doubt
+            more, children = await forked(toucher, host, 1)
+            pids += more
+            assert children[0].catches(later), "by now it is in force"
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
 
 
 async def test_moved_and_unmapped_memory_is_followed(start_toucher):
@@ -423,7 +511,7 @@ async def test_one_client_that_hangs_does_not_hold_up_another(start_toucher):
             return Outcome.SERVED
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(faults._in_lane, client, hang)
+            nursery.start_soon(in_lane, faults._workers, client, hang)
             await eventually(lambda: client.lane.busy)
             await served(faults, other, STORES)
             assert await other.do("w 4096") == "wrote 4096"

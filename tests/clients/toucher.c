@@ -10,6 +10,7 @@
  *   b OFFSET   as a, but read(2) from /dev/zero to there
  *   c          close the userfaultfds                   n          how many SIGALRM there were
  *   x          exec /bin/cat                            h OFFSET   as f, and the child waits after it
+ *   g          fork; the child waits, and stores to offset 0 at each SIGUSR1
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -21,6 +22,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/wait.h>
@@ -43,6 +45,8 @@ static void on_segv(int number, siginfo_t *info, void *context)
 
 static void on_alarm(int number) { (void)number; ticks++; }
 
+static void on_usr1(int number) { (void)number; *(volatile char *)memory = 42; }
+
 static void *store(void *nothing)
 {
     pthread_barrier_wait(&barrier);
@@ -61,6 +65,7 @@ int main(int count, char **argument)
     sigaction(SIGSEGV, &action, NULL);
     sigaction(SIGBUS, &action, NULL);
     sigaction(SIGALRM, &alarms, NULL);
+    signal(SIGUSR1, on_usr1);
     if (count > 1 && strcmp(argument[1], "-")) {
         file = open(argument[1], O_RDWR);
     } else {
@@ -106,6 +111,14 @@ int main(int count, char **argument)
             break;
         }
         case 'z': printf("zap %d\n", madvise(memory, size, MADV_DONTNEED)); break;
+        case 'g': {
+            pid_t child = fork();
+            if (!child)
+                for (prctl(PR_SET_PDEATHSIG, SIGKILL);;)
+                    pause();
+            printf("child %d\n", child);
+            break;
+        }
         case 'f': case 'h': {
             pid_t child = fork();
             if (!child) {

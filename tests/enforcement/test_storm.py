@@ -146,12 +146,8 @@ def test_what_is_unmapped_and_mapped_again_is_empty(storm):
     storm.until_all_have(0)
 
 
-def test_children_that_are_forked_meanwhile_are_not_missed(request, storm):
+def test_children_that_are_forked_meanwhile_are_not_missed(storm):
     """Children and grandchildren, forked all the time, by processes that are being changed."""
-    if "fault" in request.node.name:
-        # docs/enforcement.md: seen once in several runs, on a busy machine.
-        reason = "of children forked at one moment, one may be taken for another by its userfaultfd"
-        request.applymarker(pytest.mark.xfail(strict=False, reason=reason))
     storm.start("forks", 2, 0)
     region, size = storm.region, PAGES * PAGE
     for toggle in rounds(40, 6):
