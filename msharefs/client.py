@@ -87,7 +87,9 @@ class Mapping:
     """What lies at ``start`` of a region, for ``size`` bytes.
 
     ``object_offset`` is where that begins in the object, which for ``Kind.FILE`` is the inode
-    ``object_ino`` of the device ``object_dev`` (major, minor).
+    ``object_ino`` of the device ``object_dev`` (major, minor). A ``maps`` file also tells the path
+    of such a file, as the server sees it at that moment, and whether it is memory itself (tmpfs,
+    memfd); a query does not: None. Two mappings are compared without these.
     """
 
     start: int
@@ -97,6 +99,8 @@ class Mapping:
     object_offset: int = 0
     object_dev: tuple[int, int] = (0, 0)
     object_ino: int = 0
+    object_path: str | None = attrs.field(default=None, eq=False)
+    object_shmem: bool | None = attrs.field(default=None, eq=False)
 
     @property
     def end(self) -> int:
@@ -119,6 +123,15 @@ class Info:
 def parse_prot(prot: AnyProt) -> Prot:
     """Raises ValueError."""
     return Prot.parse(prot) if isinstance(prot, str) else Prot(prot)
+
+
+def open_object(path: AnyPath, prot: AnyProt) -> int:
+    """A descriptor of a file that is to be mapped with ``prot``, with no more access than it needs.
+
+    A pipe or a terminal is not waited for: that it cannot be mapped is for the server to say.
+    """
+    mode = os.O_RDWR if parse_prot(prot) & Prot.WRITE else os.O_RDONLY
+    return os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def union(mappings: list[Mapping]) -> Prot:
@@ -234,15 +247,17 @@ class Region:
     ) -> None:
         """Put memory at ``offset``, or the file ``object`` (or ``fd``) from ``object_offset`` on.
 
-        What was in the range goes, or with ``replace=False`` is in the way: FileExistsError.
-        Raises OSError (EBUSY) if someone has the region open or mapped with fewer rights.
+        The file itself is shared, not a copy of it; a descriptor may be closed afterwards. What was
+        in the range goes, or with ``replace=False`` is in the way: FileExistsError. Raises OSError:
+        EBUSY if someone has the region open or mapped with fewer rights, EINVAL for what is no
+        regular file, EOPNOTSUPP for a file on a mount without Feature.FILE_OBJECTS, and what
+        mmap(2) says of that file.
         """
         rights = parse_prot(prot)
         if object is not None:
             if fd is not None:
                 raise TypeError("give the object as a path or as a descriptor, not both")
-            mode = os.O_RDWR if rights & Prot.WRITE else os.O_RDONLY
-            opened = os.open(object, mode | os.O_CLOEXEC)
+            opened = open_object(object, rights)
             try:
                 self.map(
                     offset, size, rights, fd=opened, object_offset=object_offset, replace=replace
@@ -320,9 +335,11 @@ class Region:
     def sync(self, offset: int = 0, size: int | None = None) -> None:
         """Write a range's file objects to their storage. EOPNOTSUPP without Feature.FILE_OBJECTS.
 
-        Without ``size``: to the end of the region.
+        Without ``size``: to the end of the region. All are tried; raises OSError with what
+        fsync(2) said of the first that failed (EIO, ENOSPC, EDQUOT ...).
         """
-        length = -(-(self.size - offset) // PAGE_SIZE) * PAGE_SIZE if size is None else size
+        rest = -(-(self.size - offset) // PAGE_SIZE) * PAGE_SIZE
+        length = max(rest, 0) if size is None else size
         self.ioctl(Command.SYNC, SyncArgs(offset, length))
 
     def info(self) -> Info:
@@ -405,7 +422,7 @@ class RegionFile:
 
     def mappings(self) -> list[Mapping]:
         """From ``maps``: one read instead of a query each, and no need to open the region."""
-        return parse_maps((self.control / "maps").read_text())
+        return parse_maps(os.fsdecode((self.control / "maps").read_bytes()))
 
     def stats(self) -> dict[str, int]:
         """From ``stats``."""
@@ -434,13 +451,17 @@ class RegionFile:
 
 _MAPS_LINE = re.compile(
     r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<prot>[-rwx]{3})[sp] (?P<offset>[0-9a-f]+)"
-    r" (?P<major>[0-9a-f]+):(?P<minor>[0-9a-f]+) (?P<ino>[0-9]+) (?P<kind>[a-z]+).*"
+    r" (?P<major>[0-9a-f]+):(?P<minor>[0-9a-f]+) (?P<ino>[0-9]+)"
+    r" (?P<kind>anon|file|shmem)(?: (?P<path>.*))?",
+    re.DOTALL,
 )
+_OCTAL = re.compile(r"\\([0-7]{3})")
+"""How a control file writes what would break its lines, as in proc_pid_mounts(5)."""
 
 
 def parse_maps(text: str) -> list[Mapping]:
     """The lines of a ``maps`` file. Raises ValueError for a line that is none."""
-    return [_parse_maps_line(line) for line in text.splitlines()]
+    return [_parse_maps_line(line) for line in text.split("\n") if line]
 
 
 def _parse_maps_line(line: str) -> Mapping:
@@ -454,11 +475,17 @@ def _parse_maps_line(line: str) -> Mapping:
         start=start,
         size=end - start,
         prot=Prot.parse(found["prot"]),
-        kind=Kind[found["kind"].upper()],
+        kind=Kind.ANON if found["kind"] == "anon" else Kind.FILE,
         object_offset=offset,
         object_dev=(major, minor),
         object_ino=int(found["ino"]),
+        object_path=found["path"] and _unescaped(found["path"]),
+        object_shmem=None if found["kind"] == "anon" else found["kind"] == "shmem",
     )
+
+
+def _unescaped(text: str) -> str:
+    return _OCTAL.sub(lambda code: chr(int(code[1], 8)), text)
 
 
 @attrs.frozen
@@ -497,7 +524,7 @@ def parse_clients(text: str) -> list[ClientMapping]:
                 Prot.parse(prot[:3]),
                 int(offset, 16),
                 name,
-                re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), why),
+                _unescaped(why),
                 int(armed),
                 int(faults),
                 comm,

@@ -34,6 +34,8 @@ COMMANDS: Final = {
         ("unmap", "unmap"),
         ("protect", "protect"),
         ("query", "query"),
+        ("objects", "objects"),
+        ("sync", "sync"),
         ("clients", "clients"),
         ("stat", "stat"),
         ("report", "report"),

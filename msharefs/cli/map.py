@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from msharefs.abi import PAGE_SIZE, Prot
 from msharefs.cli.command import define
-from msharefs.cli.exits import failing_as
+from msharefs.cli.exits import Failure, describe, failing_as, status_of
 from msharefs.cli.targets import refusing_as, resolve
 from msharefs.cli.types import file_argument, offset_option, prot, size
-from msharefs.client import Region
+from msharefs.client import Region, open_object
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from msharefs.client import RegionFile
+
+_HINTS: Final = {
+    errno.EACCES: "you may not open it with the access that {prot} needs",
+    errno.EROFS: "it lies on a read-only filesystem: {prot} needs to write it (--prot r-- does not)",
+    errno.ETXTBSY: "it is a program that runs: {prot} needs to write it (--prot r-- does not)",
+    errno.EISDIR: "it is a directory: only regular files can be mapped",
+    errno.ENXIO: "it is a socket, or a device that is not there: only regular files can be mapped",
+}
+"""What helps if OBJECT cannot be opened."""
 
 
 @define(
@@ -20,6 +37,7 @@ from msharefs.client import Region
     examples=(
         "mshare map pool --anon --offset 0 --length 16M --prot rw-",
         "mshare map pool /var/lib/table --offset 16M --prot r--",
+        "mshare map pool a.db --offset 32M --length 4M --object-offset 1M --prot rw-",
     ),
 )
 @file_argument
@@ -46,37 +64,67 @@ def command(
 ) -> None:
     """Put memory, or OBJECT (a file), into a region.
 
-    What was in that range before is replaced, unless --noreplace. OBJECT needs a mount whose
-    features name file_objects (mshare info DIR).
+    What was in that range before is replaced, unless --noreplace.
+
+    OBJECT is shared, not copied: every process that maps the region sees the file itself, and what
+    it stores there is in the file. It is opened for reading, and for writing if --prot has w.
+    Regular files of any filesystem can be mapped, on a mount with a gate; whoever may use the
+    region needs no right to the file.
     """
     if anon == (object is not None):
         raise click.UsageError("give either OBJECT or --anon")
     if anon and object_offset:
         raise click.UsageError("--object-offset is for OBJECT, not for --anon")
     region = resolve(file)
-    if length is None and object is not None:
-        with failing_as(f"map {region.name}: {object}"):
-            length = _rest_of_object(object, object_offset)
     with refusing_as("map", region), Region.open(region.path) as opened:
-        opened.map(
-            offset,
-            _whole_pages(opened.size - offset) if length is None else length,
-            rights,
-            object=object,
-            object_offset=object_offset,
-            replace=not noreplace,
-        )
+        if object is None:
+            length = _whole_pages(opened.size - offset) if length is None else length
+            opened.map(offset, length, rights, replace=not noreplace)
+            return
+        with _opened(region, object, rights) as fd:
+            if length is None:
+                length = _rest(region, object, fd, object_offset)
+                _check_room(region, opened.size, offset, length)
+            opened.map(
+                offset, length, rights, fd=fd, object_offset=object_offset, replace=not noreplace
+            )
 
 
-def _rest_of_object(path: str, offset: int) -> int:
+@contextmanager
+def _opened(region: RegionFile, path: str, rights: Prot) -> Iterator[int]:
+    try:
+        fd = open_object(path, rights)
+    except OSError as error:
+        hint = _HINTS.get(error.errno or 0, "").format(prot=f"--prot {rights.text()}")
+        reason = describe(error, hint or os.strerror(error.errno or 0))
+        raise Failure(f"map {region.name}: {path}: {reason}", status_of(error)) from error
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _rest(region: RegionFile, path: str, fd: int, offset: int) -> int:
     """In whole pages; a page for what has no size, so that the server says what is wrong with it."""
-    found = os.stat(path)  # noqa: PTH116 - a string is at hand
+    with failing_as(f"map {region.name}: {path}"):
+        found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode):
         return PAGE_SIZE
     rest = found.st_size - offset
     if rest <= 0:
-        raise click.UsageError(f"{path} has {found.st_size} bytes: nothing is left at {offset}")
+        where = f"nothing is left at {offset}" if offset else "there is nothing to map"
+        raise Failure(f"map {region.name}: {path} has {found.st_size} bytes: {where}")
     return _whole_pages(rest)
+
+
+def _check_room(region: RegionFile, size: int, offset: int, length: int) -> None:
+    """Nobody has said how much is wanted, so a range that does not fit is not theirs."""
+    room = _whole_pages(size) - offset
+    if length > room >= 0:
+        raise Failure(
+            f"map {region.name}: {length} bytes do not fit at {offset} of {size}:"
+            " give a --length, or make room (mshare resize)"
+        )
 
 
 def _whole_pages(size: int) -> int:

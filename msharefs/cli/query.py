@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from msharefs.abi import Kind
 from msharefs.cli.columns import HEX, SIZE, Column, Layout, help_rows, output_options
 from msharefs.cli.command import define
 from msharefs.cli.exits import Exit, Failure
@@ -16,12 +17,28 @@ from msharefs.cli.types import file_argument, size
 if TYPE_CHECKING:
     from msharefs.client import Mapping, RegionFile
 
+KIND_HELP: Final = "anon (the region's memory), file, or shmem (a file in memory: tmpfs, memfd)"
+PATH_HELP: Final = "path of a file object, as the server sees it now"
+
+
+def kind(mapping: Mapping) -> str:
+    return "shmem" if mapping.object_shmem else mapping.kind.name.lower()
+
+
+def device(mapping: Mapping) -> str | None:
+    """As ``/proc/self/mountinfo`` writes it; None for memory."""
+    if mapping.kind is Kind.ANON:
+        return None
+    major, minor = mapping.object_dev
+    return f"{major}:{minor}"
+
+
 COLUMNS: Final[list[Column[Mapping]]] = [
     Column("START", "where it begins in the region", lambda m: m.start, HEX, right=True),
     Column("END", "the first byte after it", lambda m: m.end, HEX, right=True),
     Column("SIZE", "its length", lambda m: m.size, SIZE, right=True),
     Column("PROT", "protection", lambda m: m.prot.text()),
-    Column("KIND", "anon (memory) or file", lambda m: m.kind.name.lower()),
+    Column("KIND", KIND_HELP, kind),
     Column(
         "OBJOFFSET",
         "where its part begins in the object",
@@ -33,7 +50,7 @@ COLUMNS: Final[list[Column[Mapping]]] = [
     Column(
         "MAJ:MIN",
         "device of a file object",
-        lambda m: f"{m.object_dev[0]}:{m.object_dev[1]}" if m.object_ino else None,
+        device,
         default=False,
     ),
     Column(
@@ -43,6 +60,7 @@ COLUMNS: Final[list[Column[Mapping]]] = [
         right=True,
         default=False,
     ),
+    Column("PATH", PATH_HELP, lambda m: m.object_path),
 ]
 
 

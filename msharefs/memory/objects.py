@@ -85,6 +85,14 @@ class FileObject:
         return bool(self.max_prot & Prot.WRITE)
 
     @property
+    def path_now(self) -> bytes:
+        """Its path as ``/proc/PID/maps`` has it: renamed since, or with `` (deleted)``."""
+        try:
+            return os.readlink(b"/proc/self/fd/%d" % self.fd)  # noqa: PTH115 - bytes are wanted
+        except OSError:
+            return os.fsencode(self.path)
+
+    @property
     def size(self) -> int:
         """Where the file ends now. May block."""
         with self._failing("fstat"):

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from msharefs.clients.census import MappedRange
+    from msharefs.memory.objects import FileObject, Objects
     from msharefs.region.mapping import Mapping
     from msharefs.service.changes import RegionState
 
@@ -180,21 +181,39 @@ def info_text(alignment: int) -> Iterator[bytes]:
     yield b"%d\n" % alignment
 
 
-def maps_text(mappings: tuple[Mapping, ...]) -> Iterator[bytes]:
-    """``START-END PROT OBJECT_OFFSET DEVICE INODE KIND``, numbers as /proc/PID/maps has them."""
+def maps_text(mappings: tuple[Mapping, ...], objects: Objects) -> Iterator[bytes]:
+    r"""``START-END PROT OBJECT_OFFSET DEVICE INODE KIND PATH``, as /proc/PID/maps writes them.
+
+    KIND is ``anon``, ``file``, or ``shmem`` for a file that is memory itself. PATH, of files only,
+    is the server's; in it a newline is written ``\012``, and a backslash ``\134``. The files are
+    looked at now, the text is made later.
+    """
+    shown: dict[int, bytes] = {}
+    for mapping in mappings if len(objects) else ():
+        ident = mapping.object.ident
+        if mapping.object.kind is Kind.FILE and ident not in shown:
+            shown[ident] = _object_words(objects.of(ident))
+    return _maps_pieces(mappings, shown)
+
+
+def _object_words(shown: FileObject) -> bytes:
+    path = shown.path_now.replace(b"\\", rb"\134").replace(b"\n", rb"\012")
+    return (b"shmem " if shown.shmem else b"file ") + path
+
+
+def _maps_pieces(mappings: tuple[Mapping, ...], shown: dict[int, bytes]) -> Iterator[bytes]:
     for first in range(0, len(mappings), MAPS_PER_PIECE):
         piece = mappings[first : first + MAPS_PER_PIECE]
-        yield "".join(map(_maps_line, piece)).encode()
+        yield b"".join(_maps_line(m) + shown.get(m.object.ident, b"anon") + b"\n" for m in piece)
 
 
-def _maps_line(mapping: Mapping) -> str:
+def _maps_line(mapping: Mapping) -> bytes:
     obj = mapping.object
     sharing = "s" if mapping.flags & MapFlag.SHARED else "p"
-    kind = "anon" if obj.kind is Kind.ANON else "file"
     return (
         f"{mapping.start:012x}-{mapping.end:012x} {mapping.prot.text()}{sharing}"
-        f" {mapping.object_offset:08x} {obj.dev_major:02x}:{obj.dev_minor:02x} {obj.ino} {kind}\n"
-    )
+        f" {mapping.object_offset:08x} {obj.dev_major:02x}:{obj.dev_minor:02x} {obj.ino} "
+    ).encode()
 
 
 @attrs.frozen

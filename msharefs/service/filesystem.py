@@ -388,7 +388,8 @@ class Filesystem(pyfuse3.Operations):
             raise IsADirectory("a control directory")
         self._changes.follow(file)
         if node.slot is Slot.MAPS:
-            return TextHandle(control.maps_text(tuple(file.region.table)))
+            mappings = tuple(file.region.table)
+            return TextHandle(control.maps_text(mappings, self._changes.objects))
         if node.slot is Slot.STATS:
             return TextHandle(control.stats_text(file, self._changes.state(file)))
         found = await trio.to_thread.run_sync(self._changes.census, file.ino)

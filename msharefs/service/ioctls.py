@@ -194,7 +194,7 @@ class Ioctls:
         found = await self._examined(args, tid)
         if not self._features & Feature.FILE_OBJECTS:
             found.discard()
-            raise Unsupported("a mount without a gate shows nobody a file; use MAP_ANONYMOUS")
+            raise Unsupported("with -o gate=none nobody could be shown a file: mount without that")
         objects, region = self._changes.objects, handle.file.region
         shown = objects.take(found)
         try:
@@ -360,7 +360,9 @@ class Ioctls:
         if args.flags or args.reserved:
             raise BadArgument("flags and reserved must be zero")
         if not self._features & Feature.FILE_OBJECTS:
-            raise Unsupported("this mount has no file objects to sync")
+            raise Unsupported(
+                "with -o gate=none no files lie in regions, so there is nothing to sync"
+            )
         return _then_done(self._contents.sync(handle, args.region_offset, end, tid))
 
 

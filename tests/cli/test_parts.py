@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from msharefs import client, units
 from msharefs.abi import ARGS_OF, Kind, Prot
 from msharefs.cli import ioctl as ioctl_module
-from msharefs.cli import ls, main, query, types
+from msharefs.cli import ls, main, objects, query, types
 from msharefs.cli.columns import HEX, SIZE, Column, Layout, choose
 from msharefs.cli.exits import EXIT_CODES, HINTS, Exit, describe, status_of
 from msharefs.cli.server import server
@@ -143,7 +143,9 @@ def test_a_column_that_is_none_is_told_with_those_that_are():
         choose(TABLE, "")
 
 
-@pytest.mark.parametrize("columns", [ls.COLUMNS, query.COLUMNS], ids=["ls", "query"])
+@pytest.mark.parametrize(
+    "columns", [ls.COLUMNS, query.COLUMNS, objects.COLUMNS], ids=["ls", "query", "objects"]
+)
 def test_column_names_are_unique_and_have_help(columns):
     assert len({column.key for column in columns}) == len(columns)
     assert all(column.help for column in columns)
@@ -156,7 +158,10 @@ def test_the_keys_of_the_json_are_a_promise():
         *("group", "open", "clients", "links", "inode", "path"),
     }
     assert {column.key for column in query.COLUMNS} >= {
-        *("start", "end", "size", "prot", "kind", "objoffset", "maj:min", "inode")
+        *("start", "end", "size", "prot", "kind", "objoffset", "maj:min", "inode", "path")
+    }
+    assert {column.key for column in objects.COLUMNS} >= {
+        *("region", "start", "end", "size", "prot", "kind", "objoffset", "maj:min", "inode", "path")
     }
 
 
@@ -324,15 +329,23 @@ def test_answers_are_shown_by_name(capsys):
 def test_lines_of_a_maps_file():
     text = (
         "000000001000-000000003000 rw-s 00000000 00:00 0 anon\n"
-        "0000ffff0000-000100000000 r--s 00002000 08:1f 4711 file\n"
+        "0000ffff0000-000100000000 r--s 00002000 08:1f 4711 file /a b\\134\\012c\r (deleted)\n"
+        "000100000000-000100001000 rw-s 00000000 00:01 7 shmem /memfd:x (deleted)\n"
     )
     assert parse_maps(text) == [
         Mapping(0x1000, 0x2000, Prot.READ | Prot.WRITE, Kind.ANON),
         Mapping(0xFFFF0000, 0x10000, Prot.READ, Kind.FILE, 0x2000, (8, 31), 4711),
+        Mapping(0x100000000, 0x1000, Prot.READ | Prot.WRITE, Kind.FILE, 0, (0, 1), 7),
     ]
+    found = [(m.object_path, m.object_shmem) for m in parse_maps(text)]
+    memfd = ("/memfd:x (deleted)", True)
+    assert found == [(None, None), ("/a b\\\nc\r (deleted)", False), memfd]
     assert union(parse_maps(text)) == Prot.READ | Prot.WRITE
     assert parse_maps("") == []
-    for line in ("nonsense", "0-1 rw- 0 0:0 0 anon", "1000-2000 rw-s 0 00:00 0 7"):
+    for line in (
+        *("nonsense", "0-1 rw- 0 0:0 0 anon", "1000-2000 rw-s 0 00:00 0 7"),
+        "1000-2000 rw-s 0 00:00 0 pipe",
+    ):
         with pytest.raises(ValueError, match="maps file"):
             parse_maps(line)
 
