@@ -22,6 +22,9 @@ EI_CLASS: Final = 4
 ELFCLASS32: Final = b"\1"
 """Where the file of a program says so: elf(5)."""
 
+_STATUS: Final = 8192
+"""Bytes that hold all of a status file, and more than enough for what is looked for at its start."""
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
@@ -29,18 +32,31 @@ _libc.syscall.restype = ctypes.c_long
 def identify(tid: int) -> Actor:
     """Process, thread and command name of a thread; what is known of it if it has gone."""
     try:
-        status = Path(f"/proc/{tid}/status").read_text(errors="replace")
+        # Half the cost of its status, and all that there is to be known of most who ask.
+        os.close(os.pidfd_open(tid))  # of a process by its first thread alone
+        comm = _read(f"/proc/{tid}/comm").removesuffix(b"\n")
+    except (OSError, ValueError):
+        return _identify_by_status(tid)
+    return Actor(tid, tid, comm.decode(errors="replace"))
+
+
+def _identify_by_status(tid: int) -> Actor:
+    try:
+        status = _read(f"/proc/{tid}/status")
     except OSError:
         return Actor(0, tid, "")
-    comm, pid = "", 0
-    for line in status.splitlines():
-        key, _, value = line.partition(":\t")
-        if key == "Name":
-            comm = value
-        elif key == "Tgid":
-            pid = int(value)
-            break
-    return Actor(pid, tid, comm)
+    comm = status.partition(b"Name:\t")[2].partition(b"\n")[0].decode(errors="replace")
+    pid = status.partition(b"\nTgid:\t")[2].partition(b"\n")[0]
+    return Actor(int(pid or 0), tid, comm)
+
+
+def _read(path: str) -> bytes:
+    """A file of /proc, as far as it is of interest."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, _STATUS)
+    finally:
+        os.close(fd)
 
 
 def in_own_namespace(pid: int) -> bool:

@@ -20,9 +20,10 @@ from .wire import (
     CREATE_IN,
     FALLOCATE_IN,
     FORGET_IN,
-    FORGET_ONE_SIZE,
+    FORGET_ONE,
     FSYNC_DATA_ONLY,
     FSYNC_IN,
+    GETATTR_SIZE,
     GETXATTR_IN,
     IN_HEADER,
     IN_SIZE,
@@ -38,13 +39,16 @@ from .wire import (
     UNANSWERED,
     CopyRequest,
     FallocateRequest,
+    ForgetRequest,
     Frame,
     FsyncRequest,
+    GetattrRequest,
     GetxattrRequest,
     InitFlag,
     InitRequest,
     InterruptRequest,
     IoctlRequest,
+    NameRequest,
     Opcode,
     OpenRequest,
     OtherRequest,
@@ -107,7 +111,7 @@ def _need(size: int, expected: int, header: _Header) -> None:
         raise _bad(header, f"a body of {size - IN_SIZE} bytes where {expected} belong")
 
 
-def _need_names(frame: Frame, size: int, fixed: int, count: int, header: _Header) -> None:
+def _need_names(frame: Frame, size: int, fixed: int, count: int, header: _Header) -> list[bytes]:
     """``count`` names, each of at least one byte and its NUL, fill the frame after ``fixed``."""
     raw = bytes(frame[IN_SIZE + fixed : size])
     if size < IN_SIZE + fixed or not raw.endswith(b"\0"):
@@ -115,6 +119,7 @@ def _need_names(frame: Frame, size: int, fixed: int, count: int, header: _Header
     names = raw[:-1].split(b"\0")
     if len(names) != count or not all(names):
         raise _bad(header, f"{len(names)} names where {count} belong, or an empty one")
+    return names
 
 
 def _ioctl(frame: Frame, size: int, header: _Header) -> IoctlRequest:
@@ -176,13 +181,35 @@ def _copy(frame: Frame, size: int, header: _Header) -> CopyRequest:
 
 
 def _open(frame: Frame, size: int, header: _Header) -> OpenRequest:
+    _need(size, OPEN_IN.size, header)
+    _, unique, nodeid, uid, gid, pid = header
+    flags, _ = OPEN_IN.unpack_from(frame, IN_SIZE)
+    return OpenRequest(Opcode.OPEN, unique, nodeid, uid, gid, pid, flags)
+
+
+def _create(frame: Frame, size: int, header: _Header) -> OpenRequest:
+    (name,) = _need_names(frame, size, CREATE_IN.size, 1, header)
+    _, unique, nodeid, uid, gid, pid = header
+    flags, mode, _umask, _ = CREATE_IN.unpack_from(frame, IN_SIZE)
+    return OpenRequest(Opcode.CREATE, unique, nodeid, uid, gid, pid, flags, mode, name)
+
+
+def _name(frame: Frame, size: int, header: _Header) -> NameRequest:
+    (name,) = _need_names(frame, size, 0, 1, header)
     code, unique, nodeid, uid, gid, pid = header
-    if code == Opcode.CREATE:
-        _need_names(frame, size, CREATE_IN.size, 1, header)
-    else:
-        _need(size, OPEN_IN.size, header)
-    (flags,) = struct.unpack_from("<I", frame, IN_SIZE)
-    return OpenRequest(Opcode(code), unique, nodeid, uid, gid, pid, flags)
+    return NameRequest(Opcode(code), unique, nodeid, uid, gid, pid, name)
+
+
+def _getattr(_frame: Frame, size: int, header: _Header) -> GetattrRequest:
+    _need(size, GETATTR_SIZE, header)
+    return GetattrRequest(header[1], header[2])
+
+
+def _forget(frame: Frame, size: int, header: _Header) -> ForgetRequest:
+    _need(size, FORGET_IN.size, header)
+    _, unique, nodeid = header[:3]
+    (count,) = FORGET_IN.unpack_from(frame, IN_SIZE)
+    return ForgetRequest(Opcode.FORGET, unique, nodeid, [(nodeid, count)])
 
 
 def _release(frame: Frame, size: int, header: _Header) -> ReleaseRequest:
@@ -204,12 +231,14 @@ def _init(frame: Frame, size: int, header: _Header) -> InitRequest:
     return InitRequest(header[1], major, minor, readahead, flags)
 
 
-def _batch_forget(frame: Frame, size: int, header: _Header) -> OtherRequest:
+def _batch_forget(frame: Frame, size: int, header: _Header) -> ForgetRequest:
     if size < IN_SIZE + BATCH_FORGET_IN.size:
         raise _bad(header, "shorter than its arguments")
     count, _pad = BATCH_FORGET_IN.unpack_from(frame, IN_SIZE)
-    _need(size, BATCH_FORGET_IN.size + count * FORGET_ONE_SIZE, header)
-    return OtherRequest(Opcode.BATCH_FORGET, header[1], header[2], 0)
+    _need(size, BATCH_FORGET_IN.size + count * FORGET_ONE.size, header)
+    body = frame[IN_SIZE + BATCH_FORGET_IN.size : size]
+    lookups = list(FORGET_ONE.iter_unpack(body))
+    return ForgetRequest(Opcode.BATCH_FORGET, header[1], header[2], lookups)
 
 
 def _readdir(frame: Frame, size: int, header: _Header) -> OtherRequest:
@@ -260,15 +289,15 @@ def _header_only(_frame: Frame, _size: int, header: _Header) -> OtherRequest:
 
 
 _DECODERS: Final[dict[int, _Decoder]] = {
-    Opcode.LOOKUP: _plain(0, 1),
-    Opcode.FORGET: _plain(FORGET_IN.size, reply_size=0),
-    Opcode.GETATTR: _plain(16),
+    Opcode.LOOKUP: _name,
+    Opcode.FORGET: _forget,
+    Opcode.GETATTR: _getattr,
     Opcode.SETATTR: _plain(88),
     Opcode.READLINK: _plain(0, reply_size=_READLINK_REPLY),
     Opcode.SYMLINK: _plain(0, 2),
     Opcode.MKNOD: _plain(16, 1),
     Opcode.MKDIR: _plain(8, 1),
-    Opcode.UNLINK: _plain(0, 1),
+    Opcode.UNLINK: _name,
     Opcode.RMDIR: _plain(0, 1),
     Opcode.RENAME: _plain(8, 2),
     Opcode.LINK: _plain(8, 1),
@@ -292,7 +321,7 @@ _DECODERS: Final[dict[int, _Decoder]] = {
     Opcode.SETLK: _plain(48),
     Opcode.SETLKW: _plain(48),
     Opcode.ACCESS: _plain(8),
-    Opcode.CREATE: _open,
+    Opcode.CREATE: _create,
     Opcode.INTERRUPT: _interrupt,
     Opcode.BMAP: _plain(16),
     Opcode.DESTROY: _plain(0),

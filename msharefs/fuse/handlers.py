@@ -5,19 +5,23 @@ Everything here is about files and frames. What a file means is the service's af
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import attrs
 
 if TYPE_CHECKING:
+    from .attributes import Attributes
     from .wire import (
         CopyRequest,
         FallocateRequest,
         FsyncRequest,
+        GetattrRequest,
         GetxattrRequest,
         IoctlRequest,
+        NameRequest,
+        OpenRequest,
         ReadRequest,
         SeekRequest,
         WriteRequest,
@@ -124,8 +128,10 @@ class Handlers:
     the filesystem is told to release the file (and, of a file just created, to forget one lookup;
     its name stays).
 
-    ``released`` is told of a RELEASE before the filesystem is: a close() is followed at once by
-    whatever its caller does next, which may be answered here before the filesystem has seen it.
+    ``lookup``, ``getattr``, ``create`` (which returns the new node's attributes and the file's
+    number), ``open`` (the number), ``unlink``, ``released`` and ``forget`` (pairs of a node and a
+    number of references; no reply is due) are answered without a task, or left to the filesystem.
+    The attributes that ``lookup`` and ``create`` return give the kernel a reference to the node.
     """
 
     ioctl: Callable[[IoctlRequest], IoctlReply | Awaitable[IoctlReply]]
@@ -140,4 +146,10 @@ class Handlers:
     fsync: Callable[[FsyncRequest], Awaitable[None] | Forward | None] = lambda _request: FORWARD
     seek: Callable[[SeekRequest], int | Awaitable[int] | Forward] = lambda _request: FORWARD
     copy: Callable[[CopyRequest], int | Awaitable[int] | Forward] = lambda _request: FORWARD
-    released: Callable[[int], None] = lambda _fh: None
+    lookup: Callable[[NameRequest], Attributes | Forward] = lambda _request: FORWARD
+    getattr: Callable[[GetattrRequest], Attributes | Forward] = lambda _request: FORWARD
+    create: Callable[[OpenRequest], tuple[Attributes, int] | Forward] = lambda _request: FORWARD
+    open: Callable[[OpenRequest], int | Forward] = lambda _request: FORWARD
+    unlink: Callable[[NameRequest], Forward | None] = lambda _request: FORWARD
+    released: Callable[[int], Forward | None] = lambda _fh: FORWARD
+    forget: Callable[[Sequence[tuple[int, int]]], Forward | None] = lambda _lookups: FORWARD

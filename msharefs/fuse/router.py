@@ -1,8 +1,9 @@
 """The frame router: kernel <-> device <-> `Router` <-> `Downstream` <-> libfuse and pyfuse3.
 
-Requests that pyfuse3 has no hook for, and reads and writes if the service wants them, are answered
-by its handlers (`served`); all others go to the library and their replies come back. INIT is
-amended both ways (`handshake`), the replies to OPEN and CREATE on their way back (`opening`).
+Requests that pyfuse3 has no hook for, and reads, writes, names and opens if the service wants them,
+are answered by its handlers (`served`, `naming`); all others go to the library and their replies
+come back. INIT is amended both ways (`handshake`), the replies to OPEN and CREATE on their way to
+the kernel (`opening`).
 
 Promises:
 
@@ -29,6 +30,7 @@ from .answers import GONE, Answers
 from .decode import BadFrame, decode_request
 from .downstream import Downstream
 from .handshake import Connection, amend_init_reply, amend_init_request
+from .naming import Naming
 from .notify import Notifier
 from .opening import Opening
 from .passthrough import BackingDevice, BackingTable, FuseBacking
@@ -42,12 +44,15 @@ from .wire import (
     UNANSWERED,
     CopyRequest,
     FallocateRequest,
+    ForgetRequest,
     Frame,
     FsyncRequest,
+    GetattrRequest,
     GetxattrRequest,
     InitRequest,
     InterruptRequest,
     IoctlRequest,
+    NameRequest,
     NotifyCode,
     Opcode,
     OpenRequest,
@@ -119,9 +124,9 @@ class Router:
         self.ended: Final = trio.Event()
         self.gone: int | None = None
         self._answers = Answers(device, handlers.errno_of)
-        self._released = handlers.released
         self._served = served = Served(handlers, self._answers, self._forward)
         self._opening = Opening(handlers.opened, self._answers, self.backing, self)
+        self._naming = naming = Naming(handlers, self._answers, self._opening, self._forward)
         self._forwarded: dict[int, _Forwarded] = {}
         self._scope = trio.CancelScope()
         self._failure: OSError | None = None
@@ -140,7 +145,10 @@ class Router:
             InterruptRequest: self._on_interrupt,
             ReleaseRequest: self._on_release,
             InitRequest: self._on_init,
-            OpenRequest: self._forward,
+            NameRequest: naming.name,
+            GetattrRequest: naming.getattr,
+            ForgetRequest: naming.forget,
+            OpenRequest: naming.open,
             OtherRequest: self._forward,
         }
 
@@ -250,11 +258,7 @@ class Router:
 
     def _on_release(self, request: ReleaseRequest, frame: Frame) -> None:
         self.backing.release(request.nodeid, request.fh)
-        try:
-            self._released(request.fh)
-        except Exception:
-            log.exception("the handler of RELEASE failed")
-        self._forward(request, frame)
+        self._naming.release(request, frame)
 
     def _on_read(self, request: ReadRequest, frame: Frame) -> None:
         self._served.read(request, frame)

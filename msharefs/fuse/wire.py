@@ -43,6 +43,8 @@ READ_LOCKOWNER: Final = 2
 """In read_flags: the owner is given, which read(2) of an uncached file gives and a cache does not."""
 NOTIFY_INVAL_INODE: Final = struct.Struct("<Qqq")
 """node, offset, length: what the kernel is to cache no longer."""
+GETATTR_SIZE: Final = 16
+"""Of struct fuse_getattr_in."""
 GETXATTR_IN: Final = struct.Struct("<II")
 """size of the caller's buffer (0: the value's length is asked for), padding; the name follows."""
 GETXATTR_OUT: Final = struct.Struct("<II")
@@ -64,7 +66,8 @@ WRITE_OUT: Final = struct.Struct("<II")
 """size, padding"""
 FORGET_IN: Final = struct.Struct("<Q")
 BATCH_FORGET_IN: Final = struct.Struct("<II")
-FORGET_ONE_SIZE: Final = 16
+FORGET_ONE: Final = struct.Struct("<QQ")
+"""node, how many references: one entry of BATCH_FORGET."""
 BACKING_MAP: Final = struct.Struct("<iIQ")
 """fd, flags, padding: the argument of FUSE_DEV_IOC_BACKING_OPEN."""
 
@@ -358,8 +361,44 @@ class CopyRequest:
 
 
 @attrs.define
+class NameRequest:
+    """FUSE_LOOKUP or FUSE_UNLINK of ``name`` in the directory ``nodeid``."""
+
+    opcode: Opcode
+    unique: int
+    nodeid: int
+    uid: int
+    gid: int
+    pid: int
+    name: bytes
+
+
+@attrs.define
+class GetattrRequest:
+    """FUSE_GETATTR."""
+
+    opcode: ClassVar = Opcode.GETATTR
+
+    unique: int
+    nodeid: int
+
+
+@attrs.define
+class ForgetRequest:
+    """FUSE_FORGET or FUSE_BATCH_FORGET: (node, how many references) of each that is let go of."""
+
+    opcode: Opcode
+    unique: int
+    nodeid: int
+    lookups: list[tuple[int, int]]
+
+
+@attrs.define
 class OpenRequest:
-    """FUSE_OPEN or FUSE_CREATE; ``flags`` are open(2)'s."""
+    """FUSE_OPEN of a node, or FUSE_CREATE of ``name`` in one; ``flags`` are open(2)'s.
+
+    ``mode``: the type and permissions of what is created, the umask applied.
+    """
 
     opcode: Opcode
     unique: int
@@ -368,6 +407,8 @@ class OpenRequest:
     gid: int
     pid: int
     flags: int
+    mode: int = 0
+    name: bytes = b""
 
     @property
     def create(self) -> bool:
@@ -430,6 +471,9 @@ Request: TypeAlias = (
     | GetxattrRequest
     | SeekRequest
     | CopyRequest
+    | NameRequest
+    | GetattrRequest
+    | ForgetRequest
     | OpenRequest
     | ReleaseRequest
     | InterruptRequest

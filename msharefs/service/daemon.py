@@ -41,6 +41,7 @@ from msharefs.service.gates import open_gate
 from msharefs.service.handles import Handles
 from msharefs.service.ioctls import Ioctls
 from msharefs.service.mmaps import Mmaps
+from msharefs.service.naming import Naming, Opens
 from msharefs.service.nodes import Namespace
 from msharefs.service.notifications import Notifications
 
@@ -134,7 +135,9 @@ async def _serve(
             region_devices=_region_devices,
             semantics=options.semantics,
         )
-        operations = Filesystem(namespace, handles, changes, store, notifications.holds)
+        opens = Opens(namespace, handles, changes, notifications.holds)
+        naming = Naming(namespace, opens)
+        operations = Filesystem(namespace, handles, changes, store, notifications.holds, opens)
         if enforcement is not None:
             operations.standing = enforcement.standing
         handlers = Handlers(
@@ -146,7 +149,13 @@ async def _serve(
             seek=files.seek,
             copy=files.copy,
             opened=files.opened,
-            released=operations.close,
+            lookup=naming.lookup,
+            getattr=naming.getattr,
+            create=naming.create,
+            open=naming.open,
+            unlink=naming.unlink,
+            released=opens.close,
+            forget=naming.forget,
             getxattr=_gated(enforcement, namespace, changes),
             errno_of=errno_of,
         )

@@ -2,12 +2,9 @@
 
 For: translating between requests (inode numbers, handles, attributes) and the objects of
 ``nodes.py``, ``control.py``, ``handles.py`` and ``changes.py``. Nothing is decided here that one
-of those could decide; errors of every kind pass through ``errors.py``. Reading, writing and the
-ioctls of open files are not here: ``files.py`` and ``ioctls.py`` answer those to the router.
-
-The kernel checks permissions (``default_permissions``) and keeps names and directory attributes
-for as long as it likes, since all changes pass through it. A region's attributes are asked for
-each time: its ``st_blocks`` changes with every page that a program touches.
+of those could decide; errors of every kind pass through ``errors.py``. What is answered to the
+router is not here: reading, writing and the ioctls of open files (``files.py``, ``ioctls.py``),
+and names, attributes and opening as far as they concern regions (``naming.py``).
 """
 
 from __future__ import annotations
@@ -23,9 +20,7 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo
 
 from msharefs.abi import PAGE_SIZE
-from msharefs.clients.identity import identify
-from msharefs.region.errors import RegionError
-from msharefs.region.events import NOBODY, Actor, Event, EventKind
+from msharefs.region.events import Event, EventKind
 from msharefs.service import control
 from msharefs.service.control import ControlNode, ControlTree, Slot, Standing
 from msharefs.service.errors import (
@@ -41,10 +36,9 @@ from msharefs.service.handles import (
     EventsHandle,
     Handle,
     Handles,
-    RegionHandle,
     TextHandle,
-    access_of,
 )
+from msharefs.service.naming import actor_of
 from msharefs.service.nodes import (
     CONTROL_NAME,
     INFO_INO,
@@ -71,9 +65,7 @@ if TYPE_CHECKING:
     from msharefs.memory.store import Store
     from msharefs.service.changes import Changes
     from msharefs.service.holds import Holds
-
-FOR_EVER: Final = 86_400.0
-"""Seconds that the kernel may keep a name, or a directory's attributes."""
+    from msharefs.service.naming import Opens
 
 ALWAYS_READY: Final = select.POLLIN | select.POLLOUT | select.POLLRDNORM | select.POLLWRNORM
 READABLE: Final = select.POLLIN | select.POLLRDNORM
@@ -94,10 +86,12 @@ class Filesystem(pyfuse3.Operations):
         changes: Changes,
         store: Store,
         holds: Holds,
+        opens: Opens,
     ) -> None:
         super().__init__()
         self._names = namespace
         self._control = ControlTree(namespace)
+        self._opens = opens
         self._handles = handles
         self._changes = changes
         self._store = store
@@ -121,15 +115,6 @@ class Filesystem(pyfuse3.Operations):
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for ino, lookups in inode_list:
             self._names.forget(ino, lookups)
-
-    async def create(
-        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
-    ) -> tuple[FileInfo, EntryAttributes]:
-        file = self._names.create_region(
-            self._directory(parent_inode), name, mode, ctx.uid, ctx.gid
-        )
-        number = self._open_region(file, flags, ctx.pid, created=True)
-        return _file_info(number), self._entry(file)
 
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
@@ -161,15 +146,6 @@ class Filesystem(pyfuse3.Operations):
         directory = self._directory(parent_inode)
         return self._entry(self._names.make_directory(directory, name, mode, ctx.uid, ctx.gid))
 
-    async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
-        directory = self._directory(parent_inode)
-        path = self._names.lookup(directory, name).path if name in directory.entries else ""
-        node = self._names.unlink(directory, name)
-        if isinstance(node, RegionFile):
-            self._unlinked(node, path, ctx.pid, "unlink")
-        else:
-            self._names.drop_if_dead(node)
-
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         directory = self._directory(parent_inode)
         self._names.drop_if_dead(self._names.remove_directory(directory, name))
@@ -187,12 +163,12 @@ class Filesystem(pyfuse3.Operations):
         paths = {node: node.path for node in (old.entries.get(name_old),) if node is not None}
         moved, replaced = self._names.rename(old, name_old, new, name_new, flags)
         if isinstance(replaced, RegionFile):
-            self._unlinked(replaced, replaced.region.name, ctx.pid, "rename")
+            self._opens.unlinked(replaced, replaced.region.name, ctx.pid, "rename")
         elif replaced is not None:
             self._names.drop_if_dead(replaced)
         if isinstance(moved, RegionFile):
             detail = (("old", paths[moved]),)
-            actor = _actor(ctx.pid)
+            actor = actor_of(ctx.pid)
             self._changes.tell(
                 moved, Event(EventKind.RENAME, moved.path, actor, "rename", detail=detail)
             )
@@ -226,7 +202,7 @@ class Filesystem(pyfuse3.Operations):
             file = self._names.region_file(inode)
             self._changes.follow(file)
             via = "truncate" if fh is None else "ftruncate"
-            await self._changes.resize(file, attr.st_size, _actor(ctx.pid), via)
+            await self._changes.resize(file, attr.st_size, actor_of(ctx.pid), via)
         if fields.update_mode:
             node.mode = stat.S_IFMT(node.mode) | stat.S_IMODE(attr.st_mode)
         if fields.update_uid:
@@ -307,19 +283,18 @@ class Filesystem(pyfuse3.Operations):
         if special is not None:
             return _file_info(self._handles.add(await self._open_control(special)))
         file = self._names.region_file(inode)
-        self._changes.follow(file)
-        number = self._open_region(file, flags, ctx.pid)
+        number = self._opens.open(file, flags, ctx.pid)
         if flags & os.O_TRUNC and (file.region.size or file.region.semantics.sized_once):
             try:
                 actor = self._handles.region(number).actor(ctx.pid)
                 await self._changes.resize(file, 0, actor, "open")
             except BaseException:
-                self.close(number)
+                self._opens.close(number)
                 raise
         return _file_info(number)
 
     async def release(self, fh: int) -> None:
-        self.close(fh)
+        self._opens.close(fh)
 
     async def poll(
         self, inode: int, fh: int, poll_handle: PollHandle | None, ctx: RequestContext
@@ -349,30 +324,23 @@ class Filesystem(pyfuse3.Operations):
         return self._names.directory(ino)
 
     def _attributes(self, node: Node) -> EntryAttributes:
-        if isinstance(node, RegionFile):
-            self._changes.follow(node)
-        return _attributes(node)
+        found = self._opens.attributes(node)
+        entry = EntryAttributes()
+        entry.st_ino = found.ino
+        entry.st_mode = found.mode
+        entry.st_nlink = found.nlink
+        entry.st_uid, entry.st_gid = found.uid, found.gid
+        entry.st_size, entry.st_blocks = found.size, found.blocks
+        entry.st_blksize = found.block_size
+        entry.st_atime_ns, entry.st_mtime_ns = found.atime_ns, found.mtime_ns
+        entry.st_ctime_ns = found.ctime_ns
+        entry.entry_timeout, entry.attr_timeout = found.name_holds_ns / 1e9, found.holds_ns / 1e9
+        return entry
 
     def _entry(self, node: Node) -> EntryAttributes:
         """Attributes in a reply that gives the kernel one more reference to the node."""
         node.lookups += 1
         return self._attributes(node)
-
-    def _open_region(self, file: RegionFile, flags: int, tid: int, *, created: bool = False) -> int:
-        access = access_of(flags)
-        handle = RegionHandle(file, access)
-        actor = handle.actor(tid)
-        try:
-            file.region.opened(access)
-        except RegionError as error:
-            self._changes.refuse(file, actor, "open", "EACCES", str(error))
-            raise
-        file.opens += 1
-        detail = (("access", access.text()[:2]), ("created", int(created)))
-        self._changes.tell(
-            file, Event(EventKind.OPEN, file.region.name, actor, "open", detail=detail)
-        )
-        return self._handles.add(handle)
 
     async def _open_control(self, node: ControlNode) -> Handle:
         if node.ino == INFO_INO:
@@ -395,25 +363,6 @@ class Filesystem(pyfuse3.Operations):
         found = await trio.to_thread.run_sync(self._changes.census, file.ino)
         return TextHandle(control.clients_text(found, lambda pid: self.standing(file.ino, pid)))
 
-    def close(self, number: int) -> None:
-        """Let go of an open file; told of it twice, by the router first, so that is no error."""
-        handle = self._handles.remove(number)
-        if isinstance(handle, EventsHandle):
-            handle.disarm()
-            self._holds.closed(handle.file)
-        elif isinstance(handle, RegionHandle):
-            handle.file.region.closed(handle.access)
-            self._changes.look_around(handle.file)
-            handle.file.opens -= 1
-            self._changes.follow(handle.file)
-            handle.file.native = handle.file.native and handle.file.opens > 0
-            self._names.drop_if_dead(handle.file)
-
-    def _unlinked(self, file: RegionFile, path: str, tid: int, via: str) -> None:
-        """Tell of a name that has gone, then let go of the region if that was its last user."""
-        self._changes.tell(file, Event(EventKind.UNLINK, path, _actor(tid), via))
-        self._names.drop_if_dead(file)
-
     def _control_attributes(self, node: ControlNode) -> EntryAttributes:
         entry = EntryAttributes()
         owner = node.owner
@@ -431,31 +380,5 @@ class Filesystem(pyfuse3.Operations):
         return entry
 
 
-def _attributes(node: Node) -> EntryAttributes:
-    entry = EntryAttributes()
-    entry.st_ino = node.ino
-    entry.st_mode = node.mode
-    entry.st_uid, entry.st_gid = node.uid, node.gid
-    entry.st_atime_ns, entry.st_mtime_ns = node.atime_ns, node.mtime_ns
-    entry.st_ctime_ns = node.ctime_ns
-    entry.st_blksize = PAGE_SIZE
-    entry.entry_timeout = FOR_EVER
-    if isinstance(node, RegionFile):
-        entry.st_nlink = node.nlink
-        entry.st_size = node.region.size
-        entry.st_blocks = node.backing.allocated // 512
-        entry.attr_timeout = 0
-    elif isinstance(node, Directory | Special):
-        entry.st_nlink = node.nlink
-        entry.attr_timeout = FOR_EVER
-        if isinstance(node, Special):
-            entry.st_size = len(node.target)
-    return entry
-
-
 def _file_info(number: int) -> FileInfo:
     return FileInfo(fh=number, direct_io=True)
-
-
-def _actor(tid: int) -> Actor:
-    return identify(tid) if tid else NOBODY

@@ -82,6 +82,16 @@ class Node:
             self.mtime_ns = self.ctime_ns
 
     @property
+    def nlink(self) -> int:
+        """How many names lead here."""
+        return len(self.links)
+
+    @property
+    def size(self) -> int:
+        """What stat(2) says, in bytes."""
+        return 0
+
+    @property
     def alive(self) -> bool:
         return bool(self.links or self.lookups or self.opens)
 
@@ -123,8 +133,8 @@ class RegionFile(Node):
     """The backing file's time of change, as of when we last looked at it for that."""
 
     @property
-    def nlink(self) -> int:
-        return len(self.links)
+    def size(self) -> int:
+        return self.region.size
 
 
 @attrs.define(eq=False)
@@ -137,8 +147,8 @@ class Special(Node):
     target: bytes = b""
 
     @property
-    def nlink(self) -> int:
-        return len(self.links)
+    def size(self) -> int:
+        return len(self.target)
 
 
 class Namespace:
@@ -169,6 +179,10 @@ class Namespace:
     def semantics(self) -> Semantics:
         """Those of every region."""
         return self._semantics
+
+    def find(self, ino: int) -> Node | None:
+        """The node of that number, if there is one."""
+        return self._nodes.get(ino)
 
     def node(self, ino: int) -> Node:
         """Raises NoSuchName if there is no such node (any more)."""

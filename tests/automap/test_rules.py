@@ -186,6 +186,33 @@ def test_native_writes_are_in_the_table_before_anybody_looks(start_mount):
     assert mappings(path) == [(0, 10 * PAGE, "rw-")]
 
 
+def test_native_attributes_are_at_most_a_moment_old(start_mount):
+    automap = start_mount("automap,io=native")
+    fd = os.open(automap.path / "f", os.O_RDWR | os.O_CREAT)
+    for size in range(1, 9):  # what calls do is seen at once
+        os.ftruncate(fd, size * PAGE)
+        assert os.fstat(fd).st_size == size * PAGE
+        os.pwrite(fd, b"x", size * PAGE)
+        found = os.fstat(fd)
+        assert (found.st_size, found.st_blocks) == (size * PAGE + 1, 8 * size)
+        os.chmod(fd, 0o600 + size)
+        assert os.fstat(fd).st_mode & 0o777 == 0o600 + size
+    os.ftruncate(fd, 64 * PAGE)
+    with mmap.mmap(fd, 64 * PAGE) as view:
+        blocks = os.fstat(fd).st_blocks
+        view[32 * PAGE] = 1
+        automap.until(lambda: os.fstat(fd).st_blocks == blocks + 8, "the page in st_blocks")
+    with Region.open(automap.path / "f") as region:  # not one moment, where something is laid over
+        region.protect(0, PAGE, "r--")
+    os.fstat(fd)
+    automap.until(lambda: os.fstat(fd).st_blocks == blocks + 8, "the page in st_blocks")
+    with mmap.mmap(fd, 64 * PAGE, prot=mmap.PROT_WRITE) as view:
+        for page in range(33, 40):
+            view[page * PAGE] = 1
+            assert os.fstat(fd).st_blocks == blocks + 8 * (page - 31)
+    os.close(fd)
+
+
 def test_native_descriptors_append_and_truncate_beside_checked_ones(start_mount):
     path = start_mount("automap,io=native").path / "f"
     native = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)

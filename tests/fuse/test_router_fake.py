@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msharefs.fuse import FORWARD, Handlers, IoctlReply, Opcode, OpenPlan, Router
+from msharefs.fuse.attributes import Attributes
 from msharefs.fuse.downstream import Downstream
 from msharefs.fuse.wire import (
     ENTRY_OUT_SIZE,
@@ -840,3 +841,99 @@ async def test_fsync_seek_and_copy_are_answered_by_their_handlers(
         await one.nothing_more()
     assert [(found.nodeid, found.fh) for found in asked] == [(9, 3)]
     assert [getattr(found, "offset", 10) for found in asked] == [10]
+
+
+# -- names, attributes, opening and closing -------------------------------------------------------
+
+FOUND = Attributes(
+    9, 0o100644, 1, 5, 6, 4096, 8, 512, -1, 7 * 10**9 + 3, 0, 2 * 10**9, 1_000_000_001
+)
+ATTR = struct.pack(
+    "<QQQqQQIIIIIIIIII", 9, 4096, 8, -1, 7, 0, 10**9 - 1, 3, 0, 0o100644, 1, 5, 6, 0, 512, 0
+)
+ENTRY = struct.pack("<QQQQII", 9, 0, 2, 1, 0, 1) + ATTR
+LOOKUP = (Opcode.LOOKUP, "lookup", b"name\0")
+GETATTR = (Opcode.GETATTR, "getattr", bytes(16))
+MAKE = (Opcode.CREATE, "create", CREATE_BODY)
+OPEN = (Opcode.OPEN, "open", OPEN_BODY)
+UNLINK = (Opcode.UNLINK, "unlink", b"name\0")
+RELEASE = (Opcode.RELEASE, "released", struct.pack("<QIIQ", 42, 0, 0, 0))
+DENIED = OSError(errno.EACCES, "not you")
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "error", "payload"),
+    [
+        (LOOKUP, FOUND, 0, ENTRY),
+        (LOOKUP, DENIED, errno.EACCES, b""),
+        (LOOKUP, None, errno.EIO, b""),
+        (GETATTR, FOUND, 0, struct.pack("<QII", 1, 1, 0) + ATTR),
+        (GETATTR, DENIED, errno.EACCES, b""),
+        (GETATTR, 9, errno.EIO, b""),
+        (MAKE, (FOUND, 42), 0, ENTRY + OPEN_OUT.pack(42, 0, 0)),
+        (MAKE, DENIED, errno.EACCES, b""),
+        (OPEN, 42, 0, OPEN_OUT.pack(42, 0, 0)),
+        (OPEN, DENIED, errno.EACCES, b""),
+        (OPEN, "42", errno.EIO, b""),
+        (UNLINK, None, 0, b""),
+        (UNLINK, DENIED, errno.EACCES, b""),
+        (RELEASE, None, 0, b""),
+        *((kind, FORWARD, errno.EXDEV, b"") for kind in (LOOKUP, GETATTR, MAKE, OPEN, UNLINK)),
+        (RELEASE, FORWARD, errno.EXDEV, b""),
+        (RELEASE, DENIED, errno.EXDEV, b""),
+    ],
+)
+async def test_names_and_opens_are_answered_by_their_handlers(kind, value, error, payload):
+    opcode, name, body = kind
+    asked = []
+
+    def handler(request):
+        asked.append(request)
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    async with rig(handlers(**{name: handler})) as one:
+        await one.ask(opcode, 2, body, nodeid=9)
+        if error == errno.EXDEV:
+            assert (await one.forwarded())[:2] == (opcode, 2)
+            await one.library.send(build_reply(2, error=errno.EXDEV))
+        assert await one.reply() == (2, error, payload)
+        await one.nothing_more()
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("create", [False, True])
+async def test_an_open_that_was_answered_here_is_closed_if_it_is_refused(create):
+    async with rig(handlers(opened=refuse, open=lambda _: 42, create=lambda _: (FOUND, 42))) as one:
+        if create:
+            await one.ask(Opcode.CREATE, 4, CREATE_BODY, nodeid=1)
+        else:
+            await one.ask(Opcode.OPEN, 4, OPEN_BODY, nodeid=9)
+        assert await one.reply() == (4, errno.EACCES, b"")
+        opcode, _, body = await one.forwarded()
+        assert (opcode, struct.unpack_from("<Q", body)) == (Opcode.RELEASE, (42,))
+        if create:
+            opcode, _, body = await one.forwarded()
+            assert (opcode, struct.unpack_from("<Q", body)) == (Opcode.FORGET, (1,))
+        await one.nothing_more()
+
+
+async def test_what_is_forgotten_is_told_once():
+    told = []
+    async with rig(handlers(forget=told.append)) as one:
+        await one.ask(Opcode.FORGET, 2, struct.pack("<Q", 3), nodeid=9)
+        await one.ask(Opcode.BATCH_FORGET, 4, struct.pack("<IIQQQQ", 2, 0, 9, 3, 10, 1), nodeid=0)
+        await one.nothing_more()
+    assert told == [[(9, 3)], [(9, 3), (10, 1)]]
+
+
+async def test_a_reference_that_the_kernel_did_not_take_is_forgotten():
+    told = []
+
+    async with rig(
+        handlers(lookup=lambda _: one.kernel.close() or FOUND, forget=told.append)
+    ) as one:
+        await one.ask(Opcode.LOOKUP, 2, b"name\0")
+        await one.router.ended.wait()
+    assert told == [[(9, 1)]]

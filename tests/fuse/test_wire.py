@@ -219,7 +219,16 @@ def test_request_values():
         build_request(Opcode.CREATE, 2, 9, struct.pack("<IIII", 0o102, 0o644, 0, 0) + b"new\0")
     )
     assert create.create
-    assert create.flags == 0o102
+    assert (create.flags, create.mode, create.name) == (0o102, 0o644, b"new")
+    lookup = decode_request(build_request(Opcode.LOOKUP, 2, 9, b"name\0"))
+    assert (lookup.opcode, lookup.nodeid, lookup.name) == (Opcode.LOOKUP, 9, b"name")
+    forget = decode_request(build_request(Opcode.FORGET, 2, 9, struct.pack("<Q", 3)))
+    assert forget.lookups == [(9, 3)]
+    many = struct.pack("<IIQQQQ", 2, 0, 9, 3, 10, 1)
+    assert decode_request(build_request(Opcode.BATCH_FORGET, 2, 0, many)).lookups == [
+        (9, 3),
+        (10, 1),
+    ]
 
 
 @given(UNIQUE, st.binary(max_size=100), st.integers(0, 511))
