@@ -74,6 +74,19 @@ class Claims:
     ended: list[Served] = attrs.field(factory=list)
 
 
+@attrs.frozen(eq=False)
+class Child:
+    """A descriptor of a child whose lane is reserved, so that it stays open.
+
+    ``pid``: who it is if its accesses tell the truth, which in a pid namespace of its own they do
+    not.
+    """
+
+    served: Served
+    userfault: Userfault
+    pid: int | None
+
+
 class Kinship:
     """Finds out. In the loop, but for the asking, which is done in a thread."""
 
@@ -95,32 +108,31 @@ class Kinship:
         assert patience.cancelled_caught
         return Claims(unknown=asked)
 
-    async def _hold(self, children: Sequence[Served]) -> list[Served]:
+    async def _hold(self, children: Sequence[Served]) -> list[Child]:
         """Reserve their lanes, so that nobody else uses or closes their descriptors."""
-        held: list[Served] = []
+        held: list[Child] = []
         try:
             for child in children:
                 while child.halves and not self._workers.reserve(child.lane):  # noqa: ASYNC110 - a thread is at it
                     await trio.sleep(BUSY_PAUSE)
                 if child.halves:
-                    held.append(child)
+                    held.append(Child(child, child.halves[0].userfault, child.pid))
         except BaseException:
             self._let_go(held)
             raise
         return held
 
-    def _let_go(self, children: Sequence[Served]) -> None:
+    def _let_go(self, children: Sequence[Child]) -> None:
         for child in children:
-            self._workers.release(child.lane)
+            self._workers.release(child.served.lane)
 
-    async def _ask(self, processes: Sequence[AddressSpace], children: list[Served]) -> Claims:
+    async def _ask(self, processes: Sequence[AddressSpace], children: list[Child]) -> Claims:
         token, done = trio.lowlevel.current_trio_token(), trio.Event()
         claims = Claims()
-        pairs = [(child, child.halves[0].userfault, child.pid) for child in children]
 
         def run() -> None:
             try:
-                _compare(processes, pairs, claims)
+                _compare(processes, list(children), claims)
             except BaseException:
                 claims.unknown[:] = [space for space in processes if space not in claims.found]
                 raise
@@ -141,24 +153,23 @@ class Kinship:
 
 def _compare(
     processes: Sequence[AddressSpace],
-    children: list[tuple[Served, Userfault, int | None]],
+    children: list[Child],
     claims: Claims,
 ) -> None:
     """Children and processes come in the order in which they were forked, mostly."""
     for space in sorted(processes, key=_pid):
         doubtful, places = False, None
-        children.sort(key=lambda child: child[2] != space.pid)
+        children.sort(key=lambda child: child.pid != space.pid)
         for child in list(children):
-            served, userfault, _ = child
             try:
                 places = places or places_in(space)
-                owns = owned_by(userfault, space, places)
+                owns = owned_by(child.userfault, space, places)
             except Gone:
-                claims.ended.append(served)
+                claims.ended.append(child.served)
                 children.remove(child)
                 continue
             if owns:
-                claims.found[space] = served
+                claims.found[space] = child.served
                 children.remove(child)
                 break
             doubtful |= owns is None

@@ -284,6 +284,8 @@ class Enforcer:
         claims = await self.faults.claim(list(asked))
         for space, served in claims.found.items():
             client = asked[space]
+            if client.served is not None:  # somebody else has asked at the same moment
+                continue
             self.serve(client, served)
             for inode, attached in client.regions.items():
                 attached.armed = sorted(
