@@ -81,7 +81,9 @@ class Batch:
         """Whose thread is stopped already."""
         self.late: list[Client] = []
         """Whose only thread waits for us: left out of everything, and owed it."""
-        self._catches = any(demand.caught for demand in layout.served)
+        self._caught = [demand for demand in layout.served if demand.caught]
+        self._newly = newly(before, layout.served)
+        self._spans: dict[tuple[int, int], list[Span]] = {}
         self._uncatchable: set[Client] = set()
         self._zap: dict[Client, list[Span]] = {}
         self.touched = False
@@ -132,7 +134,7 @@ class Batch:
     async def catch(self) -> dict[Client, Exception]:
         """Catch what is newly to be caught; needs a userfaultfd, made where there is none."""
         failures: dict[Client, Exception] = {}
-        if not self._catches:
+        if not self._caught:
             return failures
         makers = [
             client
@@ -193,7 +195,7 @@ class Batch:
                 for span in child.spans
                 if span.region == inode
             ]
-        spans = _spans(windows, [demand for demand in self._layout.served if demand.caught], inode)
+        spans = _spans(windows, self._caught, inode)
         if self._rearm and child.stamps.get(inode) != self._rearm:
             return spans
         return [span for span in spans if not child.catches(span)]
@@ -202,18 +204,27 @@ class Batch:
         attached = client.regions.get(self._file.ino)
         if attached is None:  # it has just ended, or unmapped the region
             return []
-        caught = [demand for demand in self._layout.served if demand.caught]
-        every = _spans(windows, caught, self._file.ino)
+        every = self._spans_of(windows, self._caught)
         served = client.served
         if served is None or not attached.armed:
             return every
         if self._rearm and served.stamps.get(self._file.ino) != self._rearm:
             return every
         # What it has mapped since, or had before it was forked, is not caught by itself.
-        found = _spans(windows, newly(self._before, self._layout.served), self._file.ino)
+        found = self._spans_of(windows, self._newly)
+        if found == every:
+            return found
         known = {(span.address, span.size) for span in found}
-        found += [s for s in every if (s.address, s.size) not in known and not served.catches(s)]
-        return found
+        more = [s for s in every if (s.address, s.size) not in known and not served.catches(s)]
+        return [*found, *more] if more else found
+
+    def _spans_of(self, windows: list[MappedRange], wanted: Sequence[Demand]) -> list[Span]:
+        """Worked out once for forked clients, who share their windows."""
+        key = id(windows), id(wanted)
+        spans = self._spans.get(key)
+        if spans is None:
+            spans = self._spans[key] = _spans(windows, wanted, self._file.ino)
+        return spans
 
     async def lift(self) -> None:
         """Catch no more what is no longer to be caught."""
@@ -225,9 +236,10 @@ class Batch:
             attached = client.regions.get(inode)
             if client.served is None or attached is None or not attached.armed:
                 continue
-            spans = _spans(windows, gone, inode)
-            # What a child has inherited meanwhile nobody knows but itself.
-            spans += [s for s in _spans(windows, free, inode) if client.served.catches_any(s)]
+            spans = self._spans_of(windows, gone)
+            if free:  # what a child has inherited meanwhile nobody knows but itself
+                inherited = self._spans_of(windows, free)
+                spans = [*spans, *(s for s in inherited if client.served.catches_any(s))]
             if spans:
                 todo[client] = spans
             if gone or spans:
@@ -241,7 +253,7 @@ class Batch:
         start, end = served[0].start, served[-1].end
         outside = [(a, min(b, start)) for a, b in attached.armed if a < start]
         outside += [(max(a, end), b) for a, b in attached.armed if b > end]
-        attached.armed = sorted([*outside, *((d.start, d.end) for d in served if d.caught)])
+        attached.armed = sorted([*outside, *((d.start, d.end) for d in self._caught)])
 
     async def _bring(self, todo: dict[Client, list[Span]]) -> dict[Client, Outcome | Exception]:
         """Have spans caught, without a moment in which one is caught by nobody and open to all."""
