@@ -54,6 +54,9 @@ A number is given out a little before the process can be seen under it."""
 LAP: Final = 1 << 22
 """No number is larger: proc_sys_kernel(5), pid_max."""
 
+FEW: Final = 1024
+"""Processes, the list of which costs no more than a switch to a thread."""
+
 FORKS_A_SECOND: Final = 1_000_000
 """More than any machine makes: what bounds how soon the numbers can have come round."""
 
@@ -108,11 +111,26 @@ class Census:
             if self._looked < 0 or self._came_round(now):
                 return self._full(private=private)
             new = self._new_processes()
-            self._looked = now
-            if now - self._marked >= SETTLED:
-                self._floor, self._mark, self._marked = self._mark, self._last, now
-                self._seen = {number for number in self._seen if number > self._floor}
+            self._settle(now)
             return self._look_at(new, private=private)
+
+    def nobody_new(self) -> bool:
+        """Whether ``fresh`` would find nobody to look at. Does not block; False if it had to."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            now = time.monotonic()
+            soon = (now - self._looked) * FORKS_A_SECOND < self._limit
+            if self._looked < 0 or not soon or len(self._seen) > FEW:
+                return False
+            new = self._new_processes()
+            if new:
+                self._seen.difference_update([self._number(pid, self._last) for pid in new])
+                return False
+            self._settle(now)
+            return True
+        finally:
+            self._lock.release()
 
     def at(self, pid: int, *, private: bool = False) -> Found | None:
         """What one process maps; None if nothing."""
@@ -203,6 +221,13 @@ class Census:
         forks = _forks()
         before, self._forks = self._forks, forks
         return forks - before >= self._limit // 2
+
+    def _settle(self, now: float) -> None:
+        """All new processes have been taken down."""
+        self._looked = now
+        if now - self._marked >= SETTLED:
+            self._floor, self._mark, self._marked = self._mark, self._last, now
+            self._seen = {number for number in self._seen if number > self._floor}
 
     def _new_processes(self) -> list[int]:
         floor, seen = self._floor, self._seen

@@ -216,6 +216,8 @@ class Roster:
         ``private`` as for :class:`~msharefs.clients.census.Census`.
         """
         async with self._surveying:
+            if not full and self._census.nobody_new():
+                return []
             before = [(client, client.met) for client in self] if full else []
             found, looks = await trio.to_thread.run_sync(self._look, full, private, before)
             for client, met, files in looks:
@@ -227,6 +229,8 @@ class Roster:
 
         Costs a few microseconds each, whoever else there is on the machine.
         """
+        if not clients:
+            return
         before = [(client, client.met) for client in clients]
         looks = await trio.to_thread.run_sync(self._look_again, before, False)
         for client, met, files in looks:

@@ -14,8 +14,9 @@ import logging
 import os
 import resource
 import signal
+import sys
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -61,6 +62,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+HAND_OVER: Final = 0.0005
+"""Seconds that a thread back from the kernel waits for the interpreter while another one works.
+Ten times less than usual: whoever asked for a change waits for it too."""
+
 FEATURES = Feature.PROTECT | Feature.QUERY | Feature.EVENTS
 
 
@@ -71,6 +76,7 @@ def run(mountpoint: str, options: MountOptions, *, ready: Callable[[], None]) ->
     be mounted.
     """
     _allow_many_files()
+    sys.setswitchinterval(HAND_OVER)
     prepare_process()  # before the first thread
     try:
         lenient = options.enforce is Enforce.BEST

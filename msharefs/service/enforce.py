@@ -149,17 +149,21 @@ class Enforcer:
         no process was made since somebody looked. A process that was handed the descriptor over a
         socket is not seen by that: the census that follows finds it a little later.
         """
-        region, holder = file.region, self._holders.get(file.ino)
-        if self.roster.of_region(file.ino) or region.descriptors > 1 or holder is None:
-            return False
-        pid, mark = holder
-        try:
-            if self.census.last_pid() != mark or self._spaces[pid].windows(self.device, file.ino):
-                return False
-        except Gone:
+        _, mark = self._holders.get(file.ino, (0, 0))
+        if self.census.last_pid() != mark or not self._lonely(file):
             return False
         self.look_around()
         return True
+
+    def _lonely(self, file: RegionFile) -> bool:
+        """Whether one process alone has the region open, which does not map it, and nobody does."""
+        holder = self._holders.get(file.ino)
+        if holder is None or file.region.descriptors > 1 or self.roster.of_region(file.ino):
+            return False
+        try:
+            return not self._spaces[holder[0]].windows(self.device, file.ino)
+        except Gone:
+            return False
 
     def _remember_holder(self, file: RegionFile, pid: int, mark: int) -> None:
         """``pid`` asks for a change of a region that only it has open: next time may be idle."""
@@ -229,9 +233,14 @@ class Enforcer:
     ) -> Move:
         """A planned change, on its way through those who map the region. ``pid`` asks for it."""
         mark = self.census.last_pid()
-        contested = bool(file.region.contested(change))
-        if contested:  # then it matters who maps the region before anything is done
+        surveyed = bool(file.region.contested(change))
+        if surveyed:  # then it matters who maps the region before anything is done
             await self.gather(file)
+        elif self._lonely(file):
+            # As in idle(): the processes made since are looked at now, all others a little later.
+            await self.roster.survey()
+            surveyed = self._lonely(file)
+            self.look_around()
         else:
             await self.roster.refresh(self.roster.of_region(file.ino))
         clients = self.roster.of_region(file.ino)
@@ -243,7 +252,7 @@ class Enforcer:
         old = layout_of(region, state, start, end)
         new = layout_of(region, state, start, end, ranges, after)
         gives = all(not part.lost and not part.replaced and part.old is not None for part in ranges)
-        return Move(self, file, old, new, clients, surveyed=contested, gives=gives)
+        return Move(self, file, old, new, clients, surveyed=surveyed, gives=gives)
 
     async def begin_shrinking(
         self, file: RegionFile, state: RegionState, limit: int, after: After
