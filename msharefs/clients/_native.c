@@ -156,7 +156,6 @@ struct worker {
 	bool late; /* past the limit: nothing new is begun */
 	bool reported;
 	uint32_t used, old; /* slots; those of them that do not count for the window */
-	pid_t last;	    /* whom we let run last; 0 if it is not to be waited for */
 	struct slot *slots;
 };
 
@@ -196,8 +195,6 @@ static void finish(struct worker *w, struct slot *slot, int status)
 		w->batch->jobs[slot->job].status = status;
 	if (slot->since == INT64_MIN)
 		w->old--;
-	if (slot->tid == w->last)
-		w->last = 0;
 	*slot = w->slots[--w->used];
 }
 
@@ -349,7 +346,6 @@ static void make_call(struct worker *w, struct slot *slot)
 	r.rip = slot->instruction;
 	slot->dirty = true;
 	slot->state = ENTERING;
-	w->last = slot->tid;
 	if (ptrace(PTRACE_SETREGS, slot->tid, NULL, &r) ||
 	    ptrace(PTRACE_SYSCALL, slot->tid, NULL, NULL))
 		finish(w, slot, GONE);
@@ -440,7 +436,6 @@ static void heard(struct worker *w, pid_t tid, int status)
 		take(w, slot);
 	} else if (slot->state == ENTERING && signal == SYSCALL_STOP) {
 		slot->state = LEAVING;
-		w->last = tid;
 		if (w->late) /* not to be made any more */
 			ptrace(PTRACE_POKEUSER, tid, offsetof(struct user_regs_struct, orig_rax), -1L);
 		if (ptrace(PTRACE_SYSCALL, tid, NULL, NULL))
@@ -506,7 +501,6 @@ static bool begin(struct worker *w)
 	job->status = PENDING;
 	*slot = (struct slot){.tid = job->tid, .job = index, .state = STOPPING, .since = now()};
 	w->used++;
-	w->last = job->tid;
 	if (ptrace(PTRACE_INTERRUPT, job->tid, NULL, NULL))
 		finish(w, slot, GONE);
 	return true;
@@ -555,14 +549,11 @@ static void serve(struct worker *w)
 			;
 		if (!w->used)
 			return;
-		tid = waitpid(w->last ? w->last : -1, &status, __WALL | __WNOTHREAD);
-		if (tid < 0 && errno != EINTR)
-			return;
-		w->last = 0;
-		while (tid > 0) {
+		tid = waitpid(-1, &status, __WALL | __WNOTHREAD);
+		if (tid > 0)
 			heard(w, tid, status);
-			tid = waitpid(-1, &status, __WALL | __WNOTHREAD | WNOHANG);
-		}
+		else if (errno != EINTR)
+			return;
 		time = now();
 		if (time >= w->batch->deadline)
 			break;
