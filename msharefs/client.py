@@ -7,6 +7,7 @@
         with region.mmap() as memory:
             memory[:5] = b"hello"
         region.protect(0, 1 << 20, "r--")
+        region.map(1 << 20, 1 << 16, "r--", object="/var/lib/table")  # the file itself, shared
 
 Offsets, sizes and lengths are bytes, and multiples of the page size wherever the kernel's are. A
 protection is given as :class:`~msharefs.abi.Prot`, as mmap(2)'s number, or as ``"rw-"``.

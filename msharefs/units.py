@@ -1,4 +1,4 @@
-"""How people write sizes (``64M``, ``2GiB``, ``0x1000``) and call errors (``EBUSY``)."""
+"""How people write sizes (``64M``, ``0x1000``), call errors (``EBUSY``), and read odd names."""
 
 from __future__ import annotations
 
@@ -37,6 +37,15 @@ def format_size(size: int) -> str:
         value, unit = value / 1024, larger
     text = f"{value:.1f}".removesuffix(".0")
     return text + unit
+
+
+def one_line(text: str) -> str:
+    r"""What a terminal may be given: a file name can hold anything, escape sequences too.
+
+    >>> print(one_line("a b"), one_line("a\nb\x1b[0m"))
+    a b a\nb\x1b[0m
+    """
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 def errno_name(code: int) -> str:

@@ -15,7 +15,7 @@ import attrs
 import click
 
 from msharefs.cli.types import complete_columns
-from msharefs.units import format_size
+from msharefs.units import format_size, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -48,8 +48,7 @@ class Column(Generic[Row]):
         if value is None:
             return "-"
         if isinstance(value, str):
-            # A file name may hold anything; a table has one line a row.
-            return value if value.isprintable() else value.encode("unicode_escape").decode()
+            return one_line(value)  # of a table a row
         if self.form == HEX:
             return f"{value:012x}"
         return format_size(value) if self.form == SIZE and not as_bytes else str(value)

@@ -18,6 +18,7 @@ import click
 from msharefs import __version__
 from msharefs.cli.command import write_sections
 from msharefs.cli.exits import Exit, describe, exit_rows, status_of
+from msharefs.units import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -152,7 +153,7 @@ def run(command: click.Command, arguments: list[str] | None, program: str) -> No
         status = Exit.OK
     except OSError as error:
         about = f"{error.filename}: " if error.filename else ""
-        click.echo(f"{program}: {about}{describe(error)}", err=True)
+        click.echo(one_line(f"{program}: {about}{describe(error)}"), err=True)
         _trace(debug)
         status = status_of(error)
     except (KeyboardInterrupt, click.Abort):
@@ -173,7 +174,7 @@ def _explain(error: click.ClickException, program: str) -> None:
     text = f"{where}: {command}: {message}" if command else f"{where}: {message}"
     if isinstance(error, click.UsageError):
         text = f"{text.rstrip('.')} (try '{path} --help')"
-    click.echo(text, err=True)
+    click.echo(one_line(text), err=True)
 
 
 def _trace(debug: bool) -> None:

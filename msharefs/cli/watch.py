@@ -14,6 +14,7 @@ from msharefs.cli.command import define
 from msharefs.cli.exits import Exit, failing_as
 from msharefs.cli.targets import resolve_place
 from msharefs.cli.types import complete_regions
+from msharefs.units import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -88,4 +89,4 @@ def _text(event: Mapping[str, Any]) -> str:
         where = f"{event['seq']} {where}"
     more = " ".join(f"{key}={value}" for key, value in event.items() if key not in _COMMON)
     who = f"{event['comm']}({event['pid']})"
-    return f"{stamp} {event['region']} {kind} {where}{more} by {who}".replace("  ", " ")
+    return one_line(f"{stamp} {event['region']} {kind} {where}{more} by {who}".replace("  ", " "))

@@ -197,6 +197,12 @@ def test_names_are_as_they_are_now_and_one_to_a_line(mshare, pool, tmp_path):
     assert parsed == queried, "what a query tells is the same"
     assert [m.object_path for m in parsed] == [*paths, None]
     assert [m.object_shmem for m in parsed] == [False, False, False, True, None]
+    nameless = ("@none\n\x1b", "--offset", "0", "--prot", "r--")
+    assert mshare("map", "@pool", *nameless, status=3).endswith(
+        "none\\n\\x1b: ENOENT: No such file or directory\n"
+    )
+    lines = mshare("watch", "@pool", "--history", "--timeout", "0").splitlines()
+    assert sum(" map " in line for line in lines) == len(queried)
     rows = json.loads(mshare("query", "@pool", "--json"))["mappings"]
     assert [(row["kind"], row["path"]) for row in rows[3:]] == [("shmem", paths[3]), ("anon", None)]
     assert len(mshare("objects", "@pool").splitlines()) == 5
