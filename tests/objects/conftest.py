@@ -67,8 +67,10 @@ def mounted(place: Path, *options: str | Path) -> Iterator[Path]:
     run("mount", *options, place)
     try:
         yield place
-    finally:
-        run("umount", place)
+    except BaseException:
+        run("umount", "--lazy", place)
+        raise
+    run("umount", place)
 
 
 @contextlib.contextmanager
