@@ -73,6 +73,8 @@ struct settings {
 	u32 memory;  /* of the filesystem that the regions' memory lies on */
 	u32 lenient; /* let in whom the daemon cannot be asked about, see below */
 	u32 private; /* let in private mappings, also of those */
+	u32 whole;   /* a mapping is no more than a window on the region: it has no protection of its
+		      * own to be changed, which is EINVAL and not EACCES */
 	u32 zero;    /* always 0, but the verifier cannot know that, see is_null() */
 };
 struct {
@@ -257,5 +259,7 @@ int mprotect_gate(u64 *ctx)
 		return 0; /* open: not our memory */
 	if (bpf_map_lookup_elem(&borrowed, &tid))
 		return 0; /* open: the daemon itself, in a thread that it holds */
+	if (set->whole)
+		return verdict(-EINVAL); /* closed, as below */
 	return verdict(-EACCES); /* closed */
 }

@@ -88,6 +88,15 @@ class Registers(ctypes.Structure):
     def set_result(self, value: int) -> None:
         self.rax = value & _MASK
 
+    def set_arguments(self, values: tuple[int, int, int, int, int, int]) -> None:
+        """At the entry of a system call: make it with these. At its exit: what the program sees."""
+        self.rdi, self.rsi, self.rdx, self.r10, self.r8, self.r9 = values
+
+    def again(self, number: int) -> None:
+        """At the exit of a system call: it is to be made once more, with the arguments that are set."""
+        self.rip -= len(SYSCALL_INSTRUCTION)
+        self.rax = number
+
     def skip(self) -> None:
         """At the entry of a system call: it is not to be made. Its result is set at its exit."""
         self.orig_rax = _NO_CALL
@@ -98,6 +107,10 @@ def restart(registers: Registers, number: int) -> None:
     registers.orig_rax = number
     registers.set_result(-_ERESTARTNOINTR)
 
+
+ADDRESS_END: Final = (1 << 47) - 4096
+"""Where a program's addresses end, unless it asks for higher ones (Documentation/arch/x86/x86_64/
+5level-paging.rst)."""
 
 RESULT_OFFSET: Final = Registers.rax.offset  # type: ignore[attr-defined] # ctypes' field descriptor
 """Where the result lies for PTRACE_PEEKUSER: cheaper than all registers."""

@@ -45,8 +45,8 @@ _PREFIX: Final = b"user.msharefs."
 _PLACE: Final = b"0" * 16
 _NAMES: Final = b".rodata.names"
 _PROGRAMS: Final = (b"mmap_gate", b"mprotect_gate")
-_SETTINGS: Final = struct.Struct("=IIIIII")
-"""struct settings: mount, magic, memory, lenient, private, zero."""
+_SETTINGS: Final = struct.Struct("=IIIIIII")
+"""struct settings: mount, magic, memory, lenient, private, whole, zero."""
 _FUSE_MAGIC: Final = 0x65735546
 _TMPFS_MAGIC: Final = 0x01021994
 """Source of the magic numbers: linux/magic.h."""
@@ -81,7 +81,7 @@ class LsmGate:
         self._links: Sequence[int] = ()
         self._closing = threading.Lock()
         self._settings = self._borrowed = -1
-        self._policy = (False, False)
+        self._policy = (False, False, False)
         self._questions = {
             _PREFIX + token + b"." + name: question for name, question in _questions()
         }
@@ -93,6 +93,7 @@ class LsmGate:
         *,
         lenient: bool = False,
         private: bool = False,
+        whole: bool = False,
         path: Path | None = None,
     ) -> Self:
         """Load, attach, and see that it works. Blocks for some tens of milliseconds.
@@ -100,7 +101,8 @@ class LsmGate:
         ``canary`` is a descriptor of a file on a filesystem of ours alone (a detached tmpfs), which
         is mapped and protected to see whether that is refused. ``lenient``: a caller about whom
         the daemon cannot be asked, because it may not read the file that it has a descriptor of,
-        is let in and not refused; ``private``: with MAP_PRIVATE as well. Raises GateUnavailable.
+        is let in and not refused; ``private``: with MAP_PRIVATE as well. ``whole``: mprotect() of
+        a region's mapping is EINVAL, not EACCES. Raises GateUnavailable.
         """
         path = path or OBJECT
         try:
@@ -118,7 +120,7 @@ class LsmGate:
             for name in _PROGRAMS:
                 gate._links = (*gate._links, library.attach(gate._object, name))
             gate._test(canary)
-            gate._policy = (lenient, private)
+            gate._policy = (lenient, private, whole)
             gate._set()
         except BaseException:
             gate.close()

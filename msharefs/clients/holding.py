@@ -76,6 +76,7 @@ class Limits:
 class MmapCall:
     """The arguments of an mmap(2) that is about to be made; the descriptor is a region's."""
 
+    address: int
     length: int
     prot: int
     flags: int
@@ -94,6 +95,14 @@ class _Run:
     body: Body[Any]
 
 
+@attrs.frozen
+class _Result:
+    """Of the call at whose end the thread is stopped."""
+
+    old: int
+    new: int
+
+
 class _Over:
     """Told last: the thread is in our hands no more."""
 
@@ -101,11 +110,11 @@ class _Over:
 _OVER: Final = _Over()
 
 
+@attrs.frozen
 class _Go:
-    """Go on: follow, or make the call that was asked about."""
+    """Go on: follow, or make the call that was asked about, in another way if ``call`` says so."""
 
-
-_GO: Final = _Go()
+    call: MmapCall | None = None
 
 
 class _InHand:
@@ -127,6 +136,13 @@ class _InHand:
     def release(self) -> None:
         """Let it go, if it is still stopped."""
         self._hands.tracer.answer(self.tid, None)
+
+    def replace(self, result: int, new: int) -> None:
+        """The call at whose end it is stopped returned ``result``: the program is to see ``new``.
+
+        Not if a signal has taken it to a handler since.
+        """
+        self._hands.tracer.answer(self.tid, _Result(result, new))
 
     async def hear(self) -> Any:
         outcome = await self._heard.receive()
@@ -197,9 +213,13 @@ class Held(_InHand):
         """The mmap() fails with that errno; the thread is followed on."""
         self._hands.tracer.answer(self.tid, _Refuse(code))
 
-    async def allow(self) -> int:
-        """The mmap() is made: the address, or minus an errno. The thread stays stopped after it."""
-        self._hands.tracer.answer(self.tid, _GO)
+    async def allow(self, call: MmapCall | None = None) -> int:
+        """The mmap() is made: the address, or minus an errno. The thread stays stopped after it.
+
+        With ``call`` it is made as that says. If then it fails with EEXIST, because somebody came
+        first to that place, the thread makes it anew once it is released, and it is asked about.
+        """
+        self._hands.tracer.answer(self.tid, _Go(call))
         result: int = await self.hear()
         return result
 
@@ -253,6 +273,12 @@ class Held(_InHand):
         """Do what the loop says, with the thread stopped, until it is released."""
         while True:
             order = yield from _ask(tracee)
+            if isinstance(order, _Result):
+                registers = tracee.registers()
+                if registers.result == order.old:
+                    registers.set_result(order.new)
+                    tracee.set_registers(registers)
+                continue
             if not isinstance(order, _Run):
                 return
             yield from self._borrow(tracee, order.body, tell)
@@ -319,10 +345,11 @@ class Held(_InHand):
 
     def _at_mmap(self, followed: Followed, registers: Registers, what: object) -> Session[bool]:
         """Ask about an mmap() at its entry, and make it or not: whether that was the end of it."""
-        _, length, prot, flags, _, offset = registers.arguments
+        own = registers.arguments
+        address, length, prot, flags, _, offset = own
         tracee = followed.tracee
         deadline, tracee.deadline = tracee.deadline, monotonic() + PATIENCE
-        self.tell(MmapCall(length, prot, flags, offset, what))
+        self.tell(MmapCall(address, length, prot, flags, offset, what))
         verdict = yield from _ask(tracee)
         if isinstance(verdict, _Refuse):
             followed.skip(registers)
@@ -330,12 +357,24 @@ class Held(_InHand):
             followed.set_result(-verdict.code)
             tracee.deadline = deadline
             return False
+        changed = verdict.call if isinstance(verdict, _Go) else None
+        if changed is not None:
+            place, way = changed.address, changed.flags
+            registers.set_arguments((place, length, prot, way, own[4], changed.offset))
+            tracee.set_registers(registers)
         registers = yield from followed.exit()
+        result = registers.result
+        again = changed is not None and result == -errno.EEXIST
+        if changed is not None:
+            registers.set_arguments(own)
+            if again:
+                registers.again(Number.MMAP)
+            tracee.set_registers(registers)
         if verdict is not None:  # else the loop is not there any more: it goes on unsupervised
-            self.tell(registers.result)
+            self.tell(result)
             yield from self._obey(tracee, self.tell)
         tracee.deadline = deadline
-        return True
+        return not again
 
     def _mapped_file(self, number: int, arguments: tuple[int, ...], files: _Files) -> object | None:
         """What an mmap() is of, if the descriptor still stands for a file that was opened."""

@@ -20,6 +20,10 @@ class BadRange(BadArgument):
     """A range that is empty, unaligned, overflowing, or reaches past the region's end."""
 
 
+class NoRoom(RegionError):
+    """No address is free at which the region could be mapped."""
+
+
 class NotSized(BadArgument):
     """The region has no size yet, so nothing can lie in it."""
 

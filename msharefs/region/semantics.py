@@ -42,6 +42,9 @@ class Semantics:
     ``as_mmap``: CREATE_MAPPING and UNMAP take their arguments as mmap(2) and munmap(2) do, which
     round a size up to whole pages and pass over flags and protections that they do not know. Else
     such are refused.
+    ``whole``: mmap() takes all of a region, at a multiple of ``alignment`` (``region/window.py``).
+    ``limited``: a mapping may do no more than it was made for, by mmap()'s protection. Else it may
+    do what the table says, as far as its descriptor's access mode allows, whatever it was made for.
     ``commands``: the ioctls that a region has.
     ``by_mknod``: mknod(2) makes regions, as open(2) does.
     """
@@ -59,6 +62,8 @@ class Semantics:
     contents: bool = True
     changed_by_readers: bool = False
     as_mmap: bool = False
+    whole: bool = False
+    limited: bool = True
     commands: frozenset[Command] = frozenset(Command)
     by_mknod: bool = True
 
@@ -83,6 +88,8 @@ V3: Final = Semantics(
     contents=False,
     changed_by_readers=True,
     as_mmap=True,
+    whole=True,
+    limited=False,
     commands=frozenset({Command.CREATE_MAPPING, Command.UNMAP, Command.INFO}),
     by_mknod=False,
 )

@@ -368,12 +368,15 @@ class Batch:
         windows = self.windows[client]
         if self._file.region.semantics.superset:
             return {PROT_ALL: windows}
+        limited = self._file.region.semantics.limited
         attached = client.regions[self._file.ino]
         if len(attached.declared) > 2 * len(windows) + DECLARED_TOO_MANY:
             attached.rights(windows, has_now)  # forgets those of mappings that have gone
 
         def asked_for(window: MappedRange) -> Prot:
             """No gate saw it: what it has, or what a fork of one that obeys already may have."""
+            if not limited:
+                return client.space.may(window)
             if not is_replica([window], self._layout.plain):
                 return window.prot
             return PROTS[int(window.prot) | int(client.space.may(window)) & _OPEN]

@@ -80,7 +80,12 @@ def run(mountpoint: str, options: MountOptions, *, ready: Callable[[], None]) ->
     prepare_process()  # before the first thread
     try:
         lenient = options.enforce is Enforce.BEST
-        gate = open_gate(options.gate, lenient=lenient, private=options.private)
+        gate = open_gate(
+            options.gate,
+            lenient=lenient,
+            private=options.private,
+            whole=options.semantics.whole,
+        )
     except GateUnavailable as error:
         raise OSError(errno.EOPNOTSUPP, f"gate={options.gate}: {error}") from error
     try:

@@ -86,6 +86,7 @@ ERRNO_OF: Final[dict[type[BaseException], int]] = {
     region.Occupied: errno.EEXIST,
     region.HoleInRange: errno.ENOMEM,
     region.NothingThere: errno.ENOENT,
+    region.NoRoom: errno.ENOMEM,
     region.AccessHole: errno.ENXIO,
     region.AccessDenied: errno.EACCES,
     region.ModeTooNarrow: errno.EACCES,

@@ -18,16 +18,20 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Final
 
+import attrs
 import trio
 
+from msharefs.clients.arch import ADDRESS_END
 from msharefs.clients.gone import Gone
 from msharefs.clients.holding import Limits
 from msharefs.clients.identity import hindrance, identify
+from msharefs.clients.placing import asked_mmap, moving, taken
 from msharefs.clients.procmap import MappedRange
-from msharefs.region.errors import NotAdoptable, PrivateMapping, RegionError
+from msharefs.region.errors import BadArgument, NoRoom, NotAdoptable, PrivateMapping, RegionError
 from msharefs.region.events import Event, EventKind
 from msharefs.region.mapping import PROTS
 from msharefs.region.pages import page_up
+from msharefs.region.window import Wanted, check_window, place, placed
 from msharefs.service.errors import errno_of
 from msharefs.service.nodes import RegionFile
 from msharefs.units import errno_name
@@ -67,11 +71,20 @@ class Gatekeeper:
                 self._nursery.start_soon(self._attend, held, actor)
 
     async def admit(self, file: RegionFile, tid: int, prot: Prot) -> None:
-        """The caller of an mmap() that the rules allow: adopt it at the end of that call."""
+        """The caller of an mmap() that the rules allow: adopt it at the end of that call.
+
+        Raises what ``check_window`` does.
+        """
         actor = identify(tid)
+        wanted = None
+        if file.region.semantics.whole:
+            wanted = await asked_mmap(tid)
+            if wanted is not None:
+                check_window(file.region, wanted)
+                _check_movable(wanted)
         held = await self._take(file, actor, "mmap", None)
         if held is not None:
-            self._nursery.start_soon(self._attend_one, held, file, actor, prot)
+            self._nursery.start_soon(self._attend_one, held, file, actor, prot, wanted)
 
     async def _take(
         self, file: RegionFile, actor: Actor, via: str, limits: Limits | None
@@ -125,8 +138,11 @@ class Gatekeeper:
     async def _at_mmap(self, held: Held, actor: Actor, call: MmapCall) -> None:
         file = call.what
         assert isinstance(file, RegionFile), "what hold() gave"
+        placed = None
         try:
             self._judge(file, call)
+            if file.region.semantics.whole:
+                placed = call = await _placed(file, actor.pid, call)
         except RegionError as error:
             code = errno_of(error, "mmap")
             self._changes.refuse(file, actor, "mmap", errno_name(code), str(error))
@@ -135,7 +151,7 @@ class Gatekeeper:
         if call.flags & MAP_TYPE == MAP_PRIVATE:
             await held.allow()  # a copy; nothing here reaches it
         else:
-            await self._admit(held, file, actor, call)
+            await self._admit(held, file, actor, call, placed)
         held.release()
 
     @staticmethod
@@ -145,8 +161,12 @@ class Gatekeeper:
                 raise PrivateMapping("mmap() with MAP_PRIVATE: only MAP_SHARED is a share")
             return
         file.region.check_mmap(PROTS[call.prot & 7])
+        if file.region.semantics.whole:
+            check_window(file.region, _wanted(call))
 
-    async def _admit(self, held: Held, file: RegionFile, actor: Actor, call: MmapCall) -> None:
+    async def _admit(
+        self, held: Held, file: RegionFile, actor: Actor, call: MmapCall, placed: MmapCall | None
+    ) -> None:
         roster = self._enforcer.roster
         client = roster.add(actor.pid, [file.ino])
         async with client.lock:
@@ -154,7 +174,7 @@ class Gatekeeper:
             attached = client.regions[file.ino]
             attached.arriving = True
             try:
-                address = await held.allow()
+                address = await held.allow(placed)
             finally:
                 attached.arriving = False
                 client.met += 1  # who looked before the mapping was made has seen nothing
@@ -169,11 +189,15 @@ class Gatekeeper:
 
     # -- lsm
 
-    async def _attend_one(self, held: Held, file: RegionFile, actor: Actor, prot: Prot) -> None:
+    async def _attend_one(
+        self, held: Held, file: RegionFile, actor: Actor, prot: Prot, wanted: Wanted | None
+    ) -> None:
         try:
             address = await held.stopped()
             if -MAX_ERRNO <= address < 0:
                 return
+            if wanted is not None and not wanted.exact:
+                address = await _moved(held, file, actor.pid, address, wanted)
             client = self._enforcer.roster.add(actor.pid, [file.ino])
             async with client.lock:
                 windows = client.space.windows(self._enforcer.device, file.ino)
@@ -194,6 +218,8 @@ class Gatekeeper:
         client = enforcer.roster.of_pid(actor.pid)
         if client is None or file.ino not in client.regions:
             return
+        if not file.region.semantics.limited:
+            prot = client.space.may(window)
         client.regions[file.ino].declare(window.start, window.end, prot)
         try:
             await enforcer.admit(file, client, window, held.run)
@@ -218,3 +244,46 @@ class Gatekeeper:
                     where,
                 ),
             )
+
+
+# -- where a region lies, on mounts that have a say in it
+
+
+def _wanted(call: MmapCall) -> Wanted:
+    return Wanted(call.address, call.length, call.flags, call.offset)
+
+
+async def _placed(file: RegionFile, pid: int, call: MmapCall) -> MmapCall:
+    """The call as it is to be made. Raises NoRoom, Gone."""
+    wanted = _wanted(call)
+    address = wanted.address if wanted.exact else await _find_place(file, pid, wanted)
+    made = placed(wanted, address)
+    return attrs.evolve(call, address=made.address, flags=made.flags, offset=made.offset)
+
+
+async def _find_place(file: RegionFile, pid: int, wanted: Wanted) -> int:
+    mapped = await trio.to_thread.run_sync(taken, pid)
+    return place(wanted, file.region.semantics.alignment, mapped, ADDRESS_END)
+
+
+def _check_movable(wanted: Wanted) -> None:
+    """What the gate that does not see the call being made cannot have made in another way."""
+    if wanted.touches:
+        raise NoRoom("MAP_POPULATE or MAP_LOCKED would take memory for all of the region")
+    if wanted.offset:
+        raise BadArgument(f"mmap() from offset {wanted.offset:#x}: a region is mapped as a whole")
+
+
+async def _moved(held: Held, file: RegionFile, pid: int, address: int, wanted: Wanted) -> int:
+    """Where the mapping lies then: where it was, if that is aligned or it cannot be moved."""
+    if not address % file.region.semantics.alignment:
+        return address
+    while True:
+        to = await _find_place(file, pid, wanted)
+        try:
+            if not await held.run(moving(address, file.region.size, to)):
+                return address
+        except FileExistsError:  # another thread was there first
+            continue
+        held.replace(address, to)
+        return to

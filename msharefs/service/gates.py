@@ -30,16 +30,19 @@ class Opened:
     lsm: LsmGate | None = None
 
 
-def open_gate(wanted: str, *, lenient: bool = True, private: bool = False) -> Opened:
+def open_gate(
+    wanted: str, *, lenient: bool = True, private: bool = False, whole: bool = False
+) -> Opened:
     """The gate that ``-o gate=wanted`` asks for.
 
-    ``auto`` takes the best that can be had. ``lenient`` and ``private`` as for `LsmGate`. Raises
-    GateUnavailable for a kind that was asked for by name.
+    ``auto`` takes the best that can be had. ``lenient``, ``private`` and ``whole`` as for `LsmGate`.
+    Raises GateUnavailable for a kind that was asked for by name.
     """
     lacks: list[str] = []
     if wanted in {"auto", "lsm"}:
         try:
-            return Opened(Gate.LSM, open_lsm_gate(lenient=lenient, private=private))
+            lsm = open_lsm_gate(lenient=lenient, private=private, whole=whole)
+            return Opened(Gate.LSM, lsm)
         except GateUnavailable as error:
             if wanted == "lsm":
                 raise
@@ -67,10 +70,10 @@ def check_ptrace() -> None:
         raise GateUnavailable(error.strerror or str(error)) from error
 
 
-def open_lsm_gate(*, lenient: bool, private: bool = False) -> LsmGate:
+def open_lsm_gate(*, lenient: bool, private: bool = False, whole: bool = False) -> LsmGate:
     """Raises GateUnavailable."""
     with _canary() as canary:
-        return LsmGate.open(canary, lenient=lenient, private=private)
+        return LsmGate.open(canary, lenient=lenient, private=private, whole=whole)
 
 
 @contextmanager

@@ -11,9 +11,11 @@ import pytest
 
 from msharefs.abi import CreateArgs, MapFlag, UnmapArgs
 from tests.conftest import serving
+from tests.v3.actors import Actor, build
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from tests.conftest import Served
 
@@ -98,3 +100,27 @@ def fresh(strict) -> Iterator[Callable[..., int]]:
     for fd in opened:
         os.close(fd)
     path.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="session")
+def actor_program(tmp_path_factory) -> Path:
+    return build(tmp_path_factory.mktemp("actor"))
+
+
+@pytest.fixture
+def actors(actor_program) -> Iterator[Callable[[], Actor]]:
+    """Start processes that do as they are told; they have ended at the end."""
+    started: list[Actor] = []
+
+    def start() -> Actor:
+        started.append(Actor.start(actor_program))
+        return started[-1]
+
+    yield start
+    for actor in started:
+        actor.close()
+
+
+@pytest.fixture
+def actor(actors) -> Actor:
+    return actors()
