@@ -65,10 +65,19 @@ class Actor:
             return errno.errorcode[int(found[0])]
         return Caught(int(found[0]), int(found[1], 16))
 
-    def open(self, path: Path, flags: int = os.O_RDWR) -> int:
-        fd = self.call("open", path, flags)
-        assert isinstance(fd, int), fd
-        return fd
+    def map(
+        self,
+        path: Path,
+        length: int,
+        address: int = 0,
+        *,
+        prot: int = 3,
+        flags: int = 1,
+        offset: int = 0,
+        mode: int = os.O_RDWR,
+    ) -> int | str | Caught:
+        """open(), mmap() and close(): what mmap() returned."""
+        return self.call("map", path, mode, address, length, prot, flags, offset)
 
     def fork(self, place: Path) -> Actor:
         """A child that is told what to do by itself."""

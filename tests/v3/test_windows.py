@@ -39,10 +39,7 @@ def status(pid, key):
 
 
 def mmap(actor, path, address=0, length=ALIGNMENT, prot=RW, flags=SHARED, offset=0, mode=os.O_RDWR):
-    fd = actor.open(path, mode)
-    found = actor.call("mmap", address, length, prot, flags, fd, offset)
-    assert actor.call("close", fd) == 0
-    return found
+    return actor.map(path, length, address, prot=prot, flags=flags, offset=offset, mode=mode)
 
 
 def test_without_an_address_an_aligned_one_is_found(region, actor):
