@@ -121,6 +121,12 @@ class NotifyMode(IntEnum):
     HOLD = 2
 
 
+class NotifyFlag(IntFlag):
+    """``flags`` of NOTIFY."""
+
+    SCAN = 1
+
+
 class OnTimeout(IntEnum):
     """``on_timeout`` of NOTIFY: what becomes of a held access nobody decided on."""
 

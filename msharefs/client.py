@@ -45,6 +45,7 @@ from msharefs.abi import (
     MapFlag,
     NotifyArgs,
     NotifyEvent,
+    NotifyFlag,
     NotifyMode,
     OnTimeout,
     Prot,
@@ -326,12 +327,15 @@ class Region:
         signo: int = 0,
         timeout_ms: int = 0,
         on_timeout: OnTimeout = OnTimeout.DENY,
+        scan: bool = False,
     ) -> None:
-        """Watch a range; ``NotifyEvent.DISARM`` ends it. EOPNOTSUPP without Feature.NOTIFY."""
-        self.ioctl(
-            Command.NOTIFY,
-            NotifyArgs(offset, size, int(events), int(mode), signo, timeout_ms, int(on_timeout)),
-        )
+        """Watch a range; ``NotifyEvent.DISARM`` ends it. EOPNOTSUPP without Feature.NOTIFY.
+
+        ``scan``: stores, in mode LOG, are noted by the kernel and told of a moment later.
+        """
+        flags = NotifyFlag.SCAN if scan else 0
+        numbers = (int(events), int(mode), signo, timeout_ms, int(on_timeout), flags)
+        self.ioctl(Command.NOTIFY, NotifyArgs(offset, size, *numbers))
 
     def sync(self, offset: int = 0, size: int | None = None) -> None:
         """Write a range's file objects to their storage. EOPNOTSUPP without Feature.FILE_OBJECTS.

@@ -73,6 +73,7 @@ MODES: Final = (
         "mshare notify pool --offset 1M --length 4K --events write,read",
         "mshare notify pool --offset 0 --length 4K --mode signal --signal USR1",
         "mshare notify pool --length 4K --mode hold --timeout 5 --on-timeout allow",
+        "mshare notify pool --scan",
         "mshare notify pool --off",
     ),
 )
@@ -115,6 +116,11 @@ MODES: Final = (
     type=click.Choice(list(_POLICIES)),
     help="For mode hold: what becomes of it then, or when nobody can decide (default: deny).",
 )
+@click.option(
+    "--scan",
+    is_flag=True,
+    help="For mode log: look for stored-to pages every log_period= of the mount; no thread waits.",
+)
 @click.option("--off", is_flag=True, help="Watch the range no more.")
 def command(
     file: str,
@@ -125,6 +131,7 @@ def command(
     signo: int | None,
     timeout: float | None,
     on_timeout: str | None,
+    scan: bool,
     off: bool,
 ) -> None:
     """Watch a range: what touches it is reported.
@@ -135,6 +142,8 @@ def command(
     --on-timeout at once if there is nobody.
     """
     _check(mode, signo=signo, timeout=timeout, on_timeout=on_timeout)
+    if scan and (mode, events) != ("log", NotifyEvent.WRITE):
+        raise click.UsageError("--scan goes with --mode log and --events write")
     region = resolve(file)
     with refusing_as("notify", region), Region.open(region.path) as opened:
         wanted = -(-opened.size // PAGE_SIZE) * PAGE_SIZE - offset if length is None else length
@@ -149,6 +158,7 @@ def command(
             signo=signo or 0,
             timeout_ms=round((timeout or 0) * 1000),
             on_timeout=_POLICIES[on_timeout or "deny"],
+            scan=scan,
         )
 
 

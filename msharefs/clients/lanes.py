@@ -3,7 +3,8 @@
 For: calls that wait for a client's mmap_lock. A client that holds it (or hangs with it) keeps one
 thread busy and nobody else waiting; calls for one client are made in the order they were given.
 
-Leaves out: results. A job that wants to say something says it itself.
+Leaves out: results, but for whoever awaits one (:func:`result_of`). A job that wants to say
+something else says it itself.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ import logging
 import queue
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import attrs
+import trio
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MOST_THREADS: Final = 64
 """So many clients may hang at the same moment before others have to wait for them."""
@@ -110,3 +115,24 @@ class Workers:
                 job()
             except Exception:
                 log.exception("a call for a client failed")
+
+
+async def result_of(workers: Workers, lane: Lane, job: Callable[[], T]) -> T:
+    """What ``job`` returns or raises, run in its turn. Who is cancelled leaves it to be done."""
+    token, done = trio.lowlevel.current_trio_token(), trio.Event()
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(job())
+        except BaseException as error:  # noqa: BLE001 - it is the caller's to raise
+            errors.append(error)
+        with suppress(trio.RunFinishedError):
+            token.run_sync_soon(done.set)
+
+    workers.submit(lane, run)
+    await done.wait()
+    if errors:
+        raise errors[0]
+    return results[0]

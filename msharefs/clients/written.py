@@ -10,8 +10,8 @@ what a scan of /proc/PID/pagemap finds. To arm a range that is registered alread
 protects again what it finds, in one step, so that no store between two looks is lost.
 
 Forked children inherit all of it. The kernel gives us a descriptor of each, which only has to be
-kept open: to look, and to arm again, takes the child's pagemap alone. So nobody has to find out
-which descriptor is which child's.
+kept open: to look, and to arm again, takes the child's pagemap alone. Which descriptor is which
+child's matters only to whom a range of it is to be noted no more, and is found out then.
 
 Promises: a page that was stored to through the client's own page tables since it was armed is found
 until it is armed again, though the file's page was written back, reclaimed or cut off meanwhile. A
@@ -41,7 +41,8 @@ import trio
 from msharefs.clients.arch import Number
 from msharefs.clients.gone import Gone
 from msharefs.clients.identity import duplicate_descriptor
-from msharefs.clients.lanes import Lane, Workers
+from msharefs.clients.kinship import owned_by, places_in
+from msharefs.clients.lanes import Lane, Workers, result_of
 from msharefs.clients.pagemap import NotNoted, scan
 from msharefs.clients.userfault import (
     UFFD_USER_MODE_ONLY,
@@ -107,8 +108,9 @@ class Noted:
 
     space: AddressSpace
     pagemap: int
-    userfault: Userfault | None = None
-    """Its own, once it has made one: needed for ranges that it did not inherit."""
+    userfaults: list[Userfault] = attrs.field(factory=list)
+    """Its own: that which it has made for ranges that were not noted yet, and what it inherited, as
+    far as somebody had to know."""
     lane: Lane = attrs.field(factory=Lane)
     closed: bool = False
     looking: bool = False
@@ -129,7 +131,9 @@ class Armed:
 class Written:
     """All clients of a mount. Everything but :meth:`run` may be called before it runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, born: Callable[[], None] = lambda: None) -> None:
+        """``born`` is told of each child that has inherited something."""
+        self._born = born
         self._epoll = select.epoll()
         self._all: dict[int, Userfault] = {}
         self._inherited: dict[int, Lane] = {}
@@ -185,7 +189,7 @@ class Written:
         if noted.closed or self._closed:
             userfault.close()
             return
-        noted.userfault = userfault
+        noted.userfaults.append(userfault)
         self._keep(userfault)
 
     def drop(self, noted: Noted) -> None:
@@ -193,16 +197,16 @@ class Written:
         if noted.closed:
             return
         noted.closed = True
-        if noted.userfault is not None:
-            self._let_go(noted.userfault.fd)
+        for userfault in noted.userfaults:
+            self._let_go(userfault.fd)
         self._workers.submit(noted.lane, partial(self._end, noted))
 
     @staticmethod
     def _end(noted: Noted) -> None:
         """In its lane, so that no call for it is under way."""
         os.close(noted.pagemap)
-        if noted.userfault is not None:
-            noted.userfault.close()
+        for userfault in noted.userfaults:
+            userfault.close()
 
     def _keep(self, userfault: Userfault) -> None:
         self._all[userfault.fd] = userfault
@@ -227,6 +231,7 @@ class Written:
                 child = Userfault(message.fd, userfault.user_mode_only)
                 self._inherited[child.fd] = Lane()
                 self._keep(child)
+                self._born()
             elif not isinstance(message, Moved | Unmapped):
                 log.error("a descriptor that notes stores: %s", message)
 
@@ -237,7 +242,7 @@ class Written:
             if userfault is None:  # somebody else has just buried it
                 continue
             with trio.move_on_after(PATIENCE):
-                alive = await self._in_lane(lane, partial(_alive, userfault))
+                alive = await result_of(self._workers, lane, partial(_alive, userfault))
                 if not alive and fd in self._inherited:
                     self._let_go(fd)
                     del self._inherited[fd]
@@ -267,12 +272,12 @@ class Written:
                 continue
             except NotNoted:
                 pass
-            if noted.userfault is None:
+            if not noted.userfaults:
                 armed.lacking.append((start, end))
                 continue
             for call in (
-                partial(noted.userfault.register, start, end - start, Mode.WP),
-                partial(noted.userfault.protect, start, end - start),
+                partial(noted.userfaults[0].register, start, end - start, Mode.WP),
+                partial(noted.userfaults[0].protect, start, end - start),
             ):
                 outcome = _patiently(noted, call)
                 if outcome is Outcome.GONE:
@@ -286,9 +291,15 @@ class Written:
     async def release(self, noted: Noted, ranges: Sequence[Range]) -> list[Range]:
         """Note the stores to ``ranges`` no more; what was written of them. Raises as :meth:`arm`.
 
-        Somebody else may register them then, but for what it has inherited.
+        Somebody else may register them then.
         """
-        return await self._waiting_for(noted, partial(self._release, noted, ranges))
+        written = await self._waiting_for(noted, partial(self._release, noted, ranges))
+        if self._inherited:
+            still = await self._waiting_for(noted, partial(_still, noted, ranges))
+            if still:
+                await self._adopt(noted)
+                written += await self._waiting_for(noted, partial(self._release, noted, ranges))
+        return written
 
     def _release(self, noted: Noted, ranges: Sequence[Range]) -> list[Range]:
         """In its lane."""
@@ -296,9 +307,20 @@ class Written:
         for start, end in ranges:
             with suppress(NotNoted):
                 written += scan(noted.pagemap, start, end, rearm=False)
-            if noted.userfault is not None:
-                _patiently(noted, partial(noted.userfault.unregister, start, end - start))
+            for userfault in noted.userfaults:
+                _patiently(noted, partial(userfault.unregister, start, end - start))
         return written
+
+    async def _adopt(self, noted: Noted) -> None:
+        """Find out which of the inherited descriptors are the client's, and make them its own."""
+        for fd, lane in list(self._inherited.items()):
+            userfault = self._all.get(fd)
+            if userfault is None:
+                continue
+            with suppress(Gone, OSError), trio.move_on_after(PATIENCE):
+                ask = partial(owned_by, userfault, noted.space, places_in(noted.space))
+                if await result_of(self._workers, lane, ask) and self._inherited.pop(fd, None):
+                    noted.userfaults.append(userfault)
 
     # -- looking
 
@@ -328,28 +350,9 @@ class Written:
     async def _waiting_for(self, noted: Noted, job: Callable[[], T]) -> T:
         try:
             with trio.fail_after(PATIENCE):
-                return await self._in_lane(noted.lane, job)
+                return await result_of(self._workers, noted.lane, job)
         except trio.TooSlowError:
             raise ClientStuck(f"process {noted.space.pid} holds its memory map") from None
-
-    async def _in_lane(self, lane: Lane, job: Callable[[], T]) -> T:
-        token, done = trio.lowlevel.current_trio_token(), trio.Event()
-        results: list[T] = []
-        errors: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                results.append(job())
-            except BaseException as error:  # noqa: BLE001 - it is the caller's to raise
-                errors.append(error)
-            with suppress(trio.RunFinishedError):
-                token.run_sync_soon(done.set)
-
-        self._workers.submit(lane, run)
-        await done.wait()
-        if errors:
-            raise errors[0]
-        return results[0]
 
 
 class _Round:
@@ -371,6 +374,15 @@ class _Round:
         if last:
             with suppress(trio.RunFinishedError):
                 self._token.run_sync_soon(self.done.set)
+
+
+def _still(noted: Noted, ranges: Sequence[Range]) -> bool:
+    """In its lane: whether some of them are noted, by a descriptor that we do not know."""
+    for start, end in ranges:
+        with suppress(NotNoted):
+            scan(noted.pagemap, start, end, rearm=False)
+            return True
+    return False
 
 
 def _look(

@@ -147,9 +147,12 @@ struct mshare_query {
  * With _HOLD, whoever may write the region writes "allow SEQ" or "deny SEQ" to that file, SEQ being
  * the number of the event. If nobody has it open, on_timeout holds at once.
  *
+ * With _SCAN, which goes with _LOG and stores alone, stores are noted by the kernel: no thread waits
+ * for a report, which tells of a page and a process, and comes a moment later.
+ *
  *     EACCES      the region is not open for writing
- *     EINVAL      also: unknown events, mode or on_timeout; signo is no signal; signo, timeout_ms or
- *                 on_timeout is not zero though the mode has no use for it
+ *     EINVAL      also: unknown events, mode, on_timeout or flags; signo is no signal; signo,
+ *                 timeout_ms, on_timeout or flags is not zero though the mode has no use for it
  *     EOPNOTSUPP  this mount cannot watch (see MSHAREFS_FEATURE_NOTIFY)
  */
 struct mshare_notify {
@@ -160,7 +163,7 @@ struct mshare_notify {
 	uint32_t signo;         /* in: with _SIGNAL, which; else zero */
 	uint32_t timeout_ms;    /* in: with _HOLD, milliseconds, 0 waits for ever; else zero */
 	uint32_t on_timeout;    /* in: with _HOLD, MSHAREFS_ON_TIMEOUT_*; else zero */
-	uint32_t flags;         /* in: zero */
+	uint32_t flags;         /* in: MSHAREFS_NOTIFY_SCAN or zero */
 };
 
 #define MSHAREFS_NOTIFY_DISARM 0 /* events: none any more */
@@ -170,6 +173,8 @@ struct mshare_notify {
 #define MSHAREFS_NOTIFY_LOG 0    /* mode: report once per page, and let it go on */
 #define MSHAREFS_NOTIFY_SIGNAL 1 /* mode: report, and send the thread signo */
 #define MSHAREFS_NOTIFY_HOLD 2   /* mode: report, and let the thread wait for a decision */
+
+#define MSHAREFS_NOTIFY_SCAN 1   /* flags: pages are looked for now and then, nobody waits */
 
 #define MSHAREFS_ON_TIMEOUT_DENY 0  /* what becomes of a held access nobody decided on */
 #define MSHAREFS_ON_TIMEOUT_ALLOW 1

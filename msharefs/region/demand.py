@@ -48,16 +48,22 @@ class Caught(IntFlag):
     DENIED = 4
     """Whatever is caught there is denied, none of it let go: system calls are best left to fail
     with EFAULT by themselves (a userfaultfd for user mode only)."""
+    NOTED = 8
+    """No access: stores are noted by the kernel, page by page (a userfaultfd with WP_ASYNC)."""
 
 
-CAUGHT: Final = tuple(Caught(value) for value in range(8))
+CAUGHT: Final = tuple(Caught(value) for value in range(16))
 """Caught by number, as PROTS is."""
 
 READ: Final = int(Prot.READ)
 WRITE: Final = int(Prot.WRITE)
 READ_WRITE: Final = READ | WRITE
 
+SCANNED: Final = 4
+"""Beside the bits of NotifyEvent: whoever watches wants stores noted, and none caught."""
+
 _STORES: Final = int(Caught.STORES)
+_NOTED: Final = int(Caught.NOTED)
 _DENIED: Final = int(Caught.DENIED)
 _ALL: Final = int(Caught.ACCESSES | Caught.STORES)
 _WATCH_WRITE: Final = int(NotifyEvent.WRITE)
@@ -77,11 +83,13 @@ class Demand:
 def serve(prot: Prot, watched: int, *, by_fault: bool) -> tuple[int, int]:
     """How one mapped range is served: the protection of the mapping, and what is caught.
 
-    ``watched`` is a :class:`NotifyEvent` set. A watched range has a mapping that would allow what
+    ``watched`` is a :class:`NotifyEvent` set, and SCANNED. A watched range has a mapping that would allow what
     is to be reported; the table's rule is kept by what is caught. ``by_fault`` says that a range
     without PROT_WRITE is protected that way although nobody watches it.
     """
     has = int(prot)
+    if watched & SCANNED:  # what is forbidden is so by the mapping, and nobody is told
+        return has, _NOTED if has & WRITE else 0
     if not has:
         return (READ_WRITE, _ALL | _DENIED) if watched else (0, 0)
     caught = 0

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from msharefs.abi import PAGE_SIZE, NotifyEvent, NotifyMode, OnTimeout, Prot
+from msharefs.region.demand import SCANNED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +34,8 @@ class Watch:
 
     ``events``: WRITE watches stores. READ watches loads, and with them the first store to each
     page: a page that can be written can be read, so the processor tells of no load after it.
-    ``signo`` has a meaning in mode SIGNAL; ``timeout_ms`` (0: for ever) and ``on_timeout`` in HOLD.
+    ``signo`` has a meaning in mode SIGNAL; ``timeout_ms`` (0: for ever) and ``on_timeout`` in HOLD;
+    ``scan`` in LOG: stores are noted by the kernel, to be looked for now and then.
     """
 
     start: int
@@ -43,6 +45,12 @@ class Watch:
     signo: int = 0
     timeout_ms: int = 0
     on_timeout: OnTimeout = OnTimeout.DENY
+    scan: bool = False
+
+    @property
+    def asks(self) -> int:
+        """What it asks of those who map the range (``demand.serve``)."""
+        return int(self.events) | (SCANNED if self.scan else 0)
 
     def clip(self, start: int, end: int) -> Watch:
         """The part of it within ``[start, end)``, which must overlap it."""
@@ -102,6 +110,21 @@ class Watches:
         known = len(pages)
         pages.update(range(start // PAGE_SIZE, (end + PAGE_SIZE - 1) // PAGE_SIZE))
         return len(pages) > known
+
+    def fresh(self, start: int, end: int, access: NotifyEvent) -> list[tuple[int, int]]:
+        """As :meth:`first`, for all pages of a range: those that had not been, as ranges."""
+        pages = self._reported[int(access)]
+        found: list[tuple[int, int]] = []
+        for page in range(start // PAGE_SIZE, (end + PAGE_SIZE - 1) // PAGE_SIZE):
+            if page in pages:
+                continue
+            pages.add(page)
+            at = page * PAGE_SIZE
+            if found and found[-1][1] == at:
+                found[-1] = found[-1][0], at + PAGE_SIZE
+            else:
+                found.append((at, at + PAGE_SIZE))
+        return found
 
     def first(self, offset: int, access: NotifyEvent) -> bool:
         """Whether no access of that kind to that page has been reported since it was armed.

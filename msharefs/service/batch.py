@@ -16,6 +16,7 @@ from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+import attrs
 import trio
 
 from msharefs.abi import PROT_ALL, Prot
@@ -29,7 +30,7 @@ from msharefs.clients.replica import Comparison, Step, is_replica
 from msharefs.clients.roster import Client
 from msharefs.clients.space import AddressSpace, files_of
 from msharefs.clients.userfault import Outcome, UserfaultUnavailable, make
-from msharefs.region.demand import Caught, Demand
+from msharefs.region.demand import CAUGHT, Caught, Demand
 from msharefs.region.errors import ClientStuck
 from msharefs.region.mapping import PROTS
 from msharefs.service.layout import newly, no_longer
@@ -56,6 +57,7 @@ DECLARED_TOO_MANY: Final = 64
 STAMPS: Final = count(1)
 """The numbers of changes that have everything caught anew."""
 _OPEN: Final = int(Prot.READ | Prot.WRITE)
+_NOTED: Final = int(Caught.NOTED)
 
 
 class Batch:
@@ -81,8 +83,9 @@ class Batch:
         """Whose thread is stopped already."""
         self.late: list[Client] = []
         """Whose only thread waits for us: left out of everything, and owed it."""
-        self._caught = [demand for demand in layout.served if demand.caught]
-        self._newly = newly(before, layout.served)
+        self._caught = [demand for demand in layout.served if _caught(demand)]
+        self._noted = [demand for demand in layout.served if demand.caught & Caught.NOTED]
+        self._newly = [demand for demand in newly(before, layout.served) if _caught(demand)]
         self._spans: dict[tuple[int, int], list[Span]] = {}
         self._uncatchable: set[Client] = set()
         self._zap: dict[Client, list[Span]] = {}
@@ -133,7 +136,7 @@ class Batch:
 
     async def catch(self) -> dict[Client, Exception]:
         """Catch what is newly to be caught; needs a userfaultfd, made where there is none."""
-        failures: dict[Client, Exception] = {}
+        failures: dict[Client, Exception] = await self._note_stores() if self._noted else {}
         if not self._caught:
             return failures
         makers = [
@@ -154,6 +157,7 @@ class Batch:
             for client, windows in self.windows.items()
             if client not in self._uncatchable and (spans := self._to_catch(client, windows))
         }
+        await self._enforcer.noting.release(self._file, todo)
         outcomes = await self._bring(todo)
         await self._catch_unmet()
         for client, outcome in outcomes.items():
@@ -195,7 +199,7 @@ class Batch:
                 for span in child.spans
                 if span.region == inode
             ]
-        spans = _spans(windows, self._caught, inode)
+        spans = spans_of(windows, self._caught, inode)
         if self._rearm and child.stamps.get(inode) != self._rearm:
             return spans
         return [span for span in spans if not child.catches(span)]
@@ -223,8 +227,27 @@ class Batch:
         key = id(windows), id(wanted)
         spans = self._spans.get(key)
         if spans is None:
-            spans = self._spans[key] = _spans(windows, wanted, self._file.ino)
+            spans = self._spans[key] = spans_of(windows, wanted, self._file.ino)
         return spans
+
+    async def _note_stores(self) -> dict[Client, Exception]:
+        """Have stores noted where they are to be. Who cannot do that is left alone."""
+        todo = {
+            client: spans
+            for client, windows in self.windows.items()
+            if (spans := spans_of(windows, self._noted, self._file.ino))
+        }
+        # A range that is caught cannot be noted as well.
+        caught = {c: spans for c, spans in todo.items() if c.served and c.served.spans}
+        await self._bring({c: _without_noted(spans) for c, spans in caught.items()})
+        failures = await self._enforcer.noting.arm(
+            self._file, todo, self._sessions, anew=bool(self._rearm)
+        )
+        for client in todo:
+            attached = client.regions.get(self._file.ino)
+            if client not in failures and attached is not None:
+                self._note_armed(attached)
+        return {c: error for c, error in failures.items() if isinstance(error, ClientStuck)}
 
     async def lift(self) -> None:
         """Catch no more what is no longer to be caught."""
@@ -236,7 +259,7 @@ class Batch:
             attached = client.regions.get(inode)
             if client.served is None or attached is None or not attached.armed:
                 continue
-            spans = self._spans_of(windows, gone)
+            spans = _without_noted(self._spans_of(windows, gone))
             if free:  # what a child has inherited meanwhile nobody knows but itself
                 inherited = self._spans_of(windows, free)
                 spans = [*spans, *(s for s in inherited if client.served.catches_any(s))]
@@ -247,6 +270,10 @@ class Batch:
             if self._rearm and client not in self._uncatchable:
                 client.served.stamps[inode] = self._rearm
         await self._bring(todo)
+        forgotten = [demand for demand in gone if not demand.caught & Caught.NOTED]
+        if forgotten:
+            parts = {c: spans_of(w, forgotten, inode) for c, w in self.windows.items()}
+            await self._enforcer.noting.release(self._file, parts)
 
     def _note_armed(self, attached: Attachment) -> None:
         served = self._layout.served
@@ -462,6 +489,15 @@ def _same(pid: int, space: AddressSpace) -> None:
         other.close()
 
 
+def _caught(demand: Demand) -> int:
+    """What a fault tells of: stores that are noted make none."""
+    return int(demand.caught) & ~_NOTED
+
+
+def _without_noted(spans: Iterable[Span]) -> list[Span]:
+    return [attrs.evolve(span, caught=CAUGHT[int(span.caught) & ~_NOTED]) for span in spans]
+
+
 def has_now(window: MappedRange) -> Prot:
     return window.prot
 
@@ -490,7 +526,7 @@ def _gated(windows: Iterable[MappedRange], moving: Iterable[Span], *, shut: bool
     return steps
 
 
-def _spans(windows: Iterable[MappedRange], wanted: Sequence[Demand], region: int) -> list[Span]:
+def spans_of(windows: Iterable[MappedRange], wanted: Sequence[Demand], region: int) -> list[Span]:
     """Where ``wanted`` lies in a client's address space."""
     return [
         Span(

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from msharefs.service.batch import Run
     from msharefs.service.changes import RegionState
     from msharefs.service.nodes import RegionFile
+    from msharefs.service.noting import Noting
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ class Enforcer:
         roster: Roster,
         census: Census,
         faults: Faults,
+        noting: Noting,
         enforce: Enforce,
         protect: Way,
         huge: bool,
@@ -103,6 +105,7 @@ class Enforcer:
         self.roster: Final = roster
         self.census: Final = census
         self.faults: Final = faults
+        self.noting: Final = noting
         self.strict: Final = enforce is Enforce.STRICT
         self._protect = protect
         self._huge = huge
@@ -246,6 +249,9 @@ class Enforcer:
         clients = self.roster.of_region(file.ino)
         self._remember_holder(file, pid, mark)
         region, ranges = file.region, change.ranges
+        for part in ranges:
+            if part.replaced:  # what shows another thing from then on is watched no more
+                await self.noting.settle(file, part.start, part.end)
         start, end = 0, END
         if len(region.table) > SMALL_TABLE and ranges:
             start, end = ranges[0].start, ranges[-1].end
@@ -259,6 +265,7 @@ class Enforcer:
     ) -> Move:
         """As :meth:`begin`, for a region whose last page will end at ``limit``."""
         clients = await self.gather(file)
+        await self.noting.settle(file, limit, END)
         old = layout_of(file.region, state)
         new = layout_of(file.region, state, after=after, limit=limit)
         return Move(self, file, old, new, clients)
@@ -274,11 +281,13 @@ class Enforcer:
         old = Layout(new.plain, anything(new))
         between = Layout(new.plain, both(new.plain, new.served))
         move = Move(self, file, old, new, clients, between=between, rearm=next(STAMPS))
+        await self.noting.settle(file, start, end)
         try:
             await move.narrow()
             await move.widen()
         finally:
             self.moves.pop(file.ino, None)
+            self.noting.rearmed(file)
 
     # -- those who are served
 

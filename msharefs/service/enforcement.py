@@ -20,10 +20,12 @@ from msharefs.clients.holding import Hands
 from msharefs.clients.ptrace import Tracee
 from msharefs.clients.roster import Roster
 from msharefs.clients.tracer import Tracer
+from msharefs.clients.written import Written
 from msharefs.service.accesses import Accesses
 from msharefs.service.control import Standing
 from msharefs.service.enforce import Enforcer
 from msharefs.service.gatekeeper import Gatekeeper
+from msharefs.service.noting import Noting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,6 +61,16 @@ class Enforcement:
         host = Accesses(notifications)
         self.faults: Final = Faults(host)
         notifications.settle = self.faults.settle
+        self.written: Final = Written(born=self._born)
+        self.noting: Final = Noting(
+            self.written,
+            self.roster,
+            device,
+            options.log_period_ms / 1000,
+            state=changes.state,
+            find=regions,
+            tell=notifications.written,
+        )
         self.enforcer: Final = Enforcer(
             device=device,
             tracer=self.tracer,
@@ -66,6 +78,7 @@ class Enforcement:
             roster=self.roster,
             census=self.census,
             faults=self.faults,
+            noting=self.noting,
             enforce=options.enforce,
             protect=options.protect,
             huge=options.huge not in {None, "never"},
@@ -81,10 +94,16 @@ class Enforcement:
         """For ever."""
         async with trio.open_nursery() as nursery:
             await nursery.start(self.faults.run)
+            await nursery.start(self.written.run)
+            await nursery.start(self.noting.run)
             await nursery.start(self.enforcer.run, self._regions)
             self.gatekeeper = Gatekeeper(self.enforcer, self._changes, nursery)
             task_status.started()
             await trio.sleep_forever()
+
+    def _born(self) -> None:
+        """A child notes its stores as its parent does: found out who it is, it is looked at too."""
+        self.enforcer.look_around()
 
     def standing(self, ino: int, pid: int) -> Standing | None:
         """How a process stands to a region's table; None if it was not met yet."""
@@ -102,6 +121,7 @@ class Enforcement:
         self.enforcer.close()
         self.roster.close()
         self.faults.close()
+        self.written.close()
         self.census.close()
 
 

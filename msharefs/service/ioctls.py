@@ -26,6 +26,7 @@ from msharefs.abi import (
     MapFlag,
     NotifyArgs,
     NotifyEvent,
+    NotifyFlag,
     NotifyMode,
     OnTimeout,
     ProtectArgs,
@@ -368,8 +369,15 @@ class Ioctls:
 
 def _check_notify(args: NotifyArgs) -> None:
     """What needs no region. A field that the mode has no use for must be zero, as flags must."""
-    if args.events & ~int(NotifyEvent.WRITE | NotifyEvent.READ) or args.flags:
-        raise BadArgument("unknown events, or flags that are not zero")
+    if args.events & ~int(NotifyEvent.WRITE | NotifyEvent.READ) or args.flags & ~int(
+        NotifyFlag.SCAN
+    ):
+        raise BadArgument("unknown events or flags")
+    if args.flags & NotifyFlag.SCAN and (args.events, args.mode) != (
+        NotifyEvent.WRITE,
+        NotifyMode.LOG,
+    ):
+        raise BadArgument("nothing but stores, in mode log, can be scanned for")
     if args.mode not in set(NotifyMode) or args.on_timeout not in set(OnTimeout):
         raise BadArgument(f"unknown mode {args.mode} or on_timeout {args.on_timeout}")
     if args.mode == NotifyMode.SIGNAL:

@@ -63,7 +63,7 @@ def layout_of(
     if end > limit:
         pieces.append((max(start, limit), end, region.semantics.beyond or None))
     watches = state.watches if after is None else after.watches
-    watched = [(w.start, w.end, int(w.events)) for w in watches.within(start, end)]
+    watched = [(w.start, w.end, w.asks) for w in watches.within(start, end)]
     faulting = state.by_fault if after is None else after.by_fault
     plain = demands(pieces)
     return Layout(plain, demands(pieces, watched, faulting) if watched or faulting else plain)

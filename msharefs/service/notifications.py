@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 import trio
 
-from msharefs.abi import PAGE_SIZE, NotifyEvent, NotifyMode, OnTimeout, Prot
+from msharefs.abi import PAGE_SIZE, NotifyEvent, NotifyFlag, NotifyMode, OnTimeout, Prot
 from msharefs.clients import signals
 from msharefs.clients.faults import Answer
 from msharefs.region.errors import AccessDenied
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from msharefs.abi import NotifyArgs
     from msharefs.clients.faults import Access, Served
     from msharefs.region.events import Actor
+    from msharefs.region.watch import Watches
     from msharefs.service.changes import Changes, RegionState
     from msharefs.service.nodes import RegionFile
 
@@ -71,6 +72,8 @@ class Notifications:
         """What was signalled since the last change: not again until there is another one."""
         self.settle: Settle | None = None
         """Set before anything is caught."""
+        self._earlier: dict[int, Watches] = {}
+        """Of regions that are just being armed: what was watched before."""
 
     # -- arming
 
@@ -93,12 +96,16 @@ class Notifications:
         else:
             state.watches.disarm(start, end)
         self.changed(file, start, end)
+        # What was stored before counts as reported by the old watch, not the new one.
+        self._earlier[file.ino] = before
         try:
             await reach.rewatch(file, start, end)
         except BaseException:
             state.watches = before
             await reach.rewatch(file, start, end)
             raise
+        finally:
+            del self._earlier[file.ino]
 
     def changed(self, file: RegionFile, start: int, end: int) -> None:
         """Protections or watches are others now: who is held there is judged anew."""
@@ -142,6 +149,14 @@ class Notifications:
             signals.send(actor.pid, actor.tid, watch.signo, access.fault.address)
             return Answer.GO
         return self._hold_page(file, watch, access, actor, via)
+
+    def written(self, file: RegionFile, start: int, end: int, actor: Actor) -> None:
+        """Pages were found that a process has stored to since stores to them were noted."""
+        watches = self._earlier.get(file.ino, self._changes.state(file).watches)
+        for watch in watches.within(start, end):
+            if watch.events & NotifyEvent.WRITE and watch.mode is NotifyMode.LOG:
+                for low, high in watches.fresh(watch.start, watch.end, NotifyEvent.WRITE):
+                    self._tell(file, EventKind.FAULT, actor, "scan", low, high - low, _LOGGED)
 
     def _hold_page(
         self, file: RegionFile, watch: Watch, access: Access, actor: Actor, via: str
@@ -317,6 +332,7 @@ def _watch(args: NotifyArgs) -> Watch:
         args.signo,
         args.timeout_ms,
         OnTimeout(args.on_timeout),
+        scan=bool(args.flags & NotifyFlag.SCAN),
     )
 
 

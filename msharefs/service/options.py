@@ -82,6 +82,7 @@ class MountOptions:
     protect: Way = Way.AUTO
     log: str | None = None
     gate: str = "auto"
+    log_period_ms: int = 100
     read_only: bool = False
     noexec: bool = False
     automap: bool = False
@@ -111,6 +112,10 @@ class MountOptions:
         ("protect=auto|vma|fault", "protect by mprotect in each process, or by userfaultfd"),
         ("events=N", f"events held for readers that come late (default {MOUNT_CAPACITY})"),
         ("gate=KIND", "how mmap() is supervised: auto (default), lsm, ptrace, none"),
+        (
+            "log_period=MS",
+            "how often stores that the kernel notes are looked for (default 100; docs/ioctl.md)",
+        ),
         ("log=FILE", "append the log to FILE (default: standard error, or syslog)"),
         ("ro, noexec", "as for mount(8)"),
     )
@@ -246,6 +251,7 @@ _VALUES: Final[dict[str, tuple[str, Callable[[str], object]]]] = {
     "enforce": ("enforce", _enforce),
     "protect": ("protect", _protect),
     "log": ("log", _text),
+    "log_period": ("log_period_ms", _count),
     "gate": ("gate", _gate),
 }
 _WORDS: Final = {"ro": "read_only", "noexec": "noexec", "automap": "automap"}

@@ -30,6 +30,7 @@ PREFIXES = {
     abi.QueryFlag: "MSHAREFS_QUERY_",
     abi.NotifyEvent: "MSHAREFS_NOTIFY_",
     abi.NotifyMode: "MSHAREFS_NOTIFY_",
+    abi.NotifyFlag: "MSHAREFS_NOTIFY_",
     abi.OnTimeout: "MSHAREFS_ON_TIMEOUT_",
     abi.Gate: "MSHAREFS_GATE_",
     abi.Feature: "MSHAREFS_FEATURE_",

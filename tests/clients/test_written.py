@@ -185,12 +185,19 @@ async def test_a_child_is_noted_from_its_first_store(start_toucher, file):
                 assert pages(toucher, armed.written) == [0, 6]
                 assert armed.lacking == []
                 assert await look(written, young, toucher) == []
+                assert await written.release(young, all_of(toucher)) == []
+                assert await written.look([(young, lambda: all_of(toucher))]) == [None]
+                assert len(young.userfaults) == 1
+            assert await look(written, noted, toucher) == [0]
+            assert len(written) == 1
         finally:
             pidfd = os.pidfd_open(child)
             os.kill(child, signal.SIGKILL)
         with trio.fail_after(PATIENCE):
             await trio.lowlevel.wait_readable(pidfd)
         os.close(pidfd)
+        assert await toucher.do("f 0") == "child wrote"
+        assert (await toucher.answer()).endswith("status 0")
         await written.bury()
         assert len(written) == 1
         assert await look(written, noted, toucher) == [0]
