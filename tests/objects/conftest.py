@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
@@ -42,16 +42,21 @@ def until(reached: Callable[[], bool], what: str) -> None:
         os.sched_yield()
 
 
-def reasons(mount: Served, name: str) -> list[tuple[str, str]]:
-    """The errno and the reason of each refusal in a region, oldest first."""
+def events_of(mount: Served, name: str) -> list[dict[str, Any]]:
+    """What has happened in a region so far, oldest first."""
     fd = os.open(mount.path / ".control" / name / "events", os.O_RDONLY | os.O_NONBLOCK)
     text = b""
     with contextlib.suppress(BlockingIOError):
         while data := os.read(fd, MIB):
             text += data
     os.close(fd)
-    events = map(json.loads, text.splitlines())
-    return [(e["error"], e["reason"]) for e in events if e["event"] == "refuse"]
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def reasons(mount: Served, name: str) -> list[tuple[str, str]]:
+    """The errno and the reason of each refusal in a region, oldest first."""
+    found = events_of(mount, name)
+    return [(e["error"], e["reason"]) for e in found if e["event"] == "refuse"]
 
 
 def run(*command: str | Path) -> str:

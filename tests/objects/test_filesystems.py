@@ -223,7 +223,6 @@ def failing(request, tmp_path):
         with loop_device(image) as device:
             run("mkfs.ext4", "-q", "-E", "lazy_itable_init=1", "-O", "^has_journal", device)
             with mounted(tmp_path / "disk", "-o", "errors=continue", device) as disk:
-
                 with (disk / "object").open("wb") as file:
                     file.truncate(16 * MIB)
                     if code == errno.EIO:  # it is the blocks of the file that are lost
