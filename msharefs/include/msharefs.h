@@ -67,10 +67,12 @@ extern "C" {
  *     EBUSY       some descriptor or mapping of the region lacks a right that prot would give;
  *                 nothing has changed
  *     EEXIST      MAP_FIXED_NOREPLACE, and something is mapped in the range
- *     EINVAL      also: the object is no regular file, or is a region, secret memory, or a file on
- *                 hugetlbfs; offset is not a multiple of the page size
+ *     EINVAL      also: the object is no regular file, or is a region, secret memory, or a file of
+ *                 hugetlbfs, procfs or sysfs; offset is not a multiple of the page size
  *     ENOSPC      the mount's size= is used up
  *     EOPNOTSUPP  this mount has no file objects (see MSHAREFS_FEATURE_FILE_OBJECTS)
+ *     EPERM, ENODEV and the like   mmap(2) of the object says so: sealed against writing, PROT_EXEC
+ *                 on a noexec mount, a file that cannot be mapped ...
  */
 struct mshare_create {
 	uint64_t region_offset; /* in: where in the region */
@@ -181,9 +183,11 @@ struct mshare_notify {
 
 /* ---- MSHAREFS_SYNC: write a range's file objects to their storage -------------------------------
  *
- * fsync(2) of the region does it for all of them.
+ * fsync(2) of the region does it for all of them. Files that were mapped without the right to
+ * write, memory and holes have nothing to write.
  *
- *     EIO, ENOSPC and the like     what writing the object's file said
+ *     EIO, ENOSPC and the like     what fsync(2) of the object said: once for each descriptor of the
+ *                 region
  *     EOPNOTSUPP  this mount has no file objects (see MSHAREFS_FEATURE_FILE_OBJECTS)
  */
 struct mshare_sync {
