@@ -25,6 +25,7 @@ from .wire import (
     GetxattrRequest,
     IoctlRequest,
     OpenRequest,
+    PollRequest,
     ReadRequest,
     Request,
     SeekRequest,
@@ -204,6 +205,7 @@ def _describe(request: Request) -> str:
         | FsyncRequest
         | ReadRequest
         | WriteRequest
+        | PollRequest
         | SeekRequest
         | CopyRequest
         | OpenRequest

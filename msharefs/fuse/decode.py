@@ -32,6 +32,8 @@ from .wire import (
     IOCTL_IN,
     LSEEK_IN,
     OPEN_IN,
+    POLL_IN,
+    POLL_SCHEDULE_NOTIFY,
     READ_IN,
     READ_LOCKOWNER,
     RELEASE_IN,
@@ -52,6 +54,7 @@ from .wire import (
     Opcode,
     OpenRequest,
     OtherRequest,
+    PollRequest,
     ReadRequest,
     ReleaseRequest,
     Request,
@@ -171,6 +174,14 @@ def _seek(frame: Frame, size: int, header: _Header) -> SeekRequest:
     fh, offset, whence, _pad = LSEEK_IN.unpack_from(frame, IN_SIZE)
     _, unique, nodeid, uid, gid, pid = header
     return SeekRequest(unique, nodeid, uid, gid, pid, fh, offset, whence)
+
+
+def _poll(frame: Frame, size: int, header: _Header) -> PollRequest:
+    _need(size, POLL_IN.size, header)
+    fh, waiter, flags, _events = POLL_IN.unpack_from(frame, IN_SIZE)
+    _, unique, nodeid, uid, gid, pid = header
+    waits = flags & POLL_SCHEDULE_NOTIFY
+    return PollRequest(unique, nodeid, uid, gid, pid, fh, waiter if waits else None)
 
 
 def _copy(frame: Frame, size: int, header: _Header) -> CopyRequest:
@@ -326,7 +337,7 @@ _DECODERS: Final[dict[int, _Decoder]] = {
     Opcode.BMAP: _plain(16),
     Opcode.DESTROY: _plain(0),
     Opcode.IOCTL: _ioctl,
-    Opcode.POLL: _plain(24),
+    Opcode.POLL: _poll,
     Opcode.BATCH_FORGET: _batch_forget,
     Opcode.FALLOCATE: _fallocate,
     Opcode.READDIRPLUS: _readdir,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         IoctlRequest,
         NameRequest,
         OpenRequest,
+        PollRequest,
         ReadRequest,
         SeekRequest,
         WriteRequest,
@@ -128,6 +129,9 @@ class Handlers:
     the filesystem is told to release the file (and, of a file just created, to forget one lookup;
     its name stays).
 
+    ``poll`` returns the events of poll(2) that have happened. If it is given a function, somebody
+    is about to wait for others: it is to be called once there are, from wherever that is found out.
+
     ``lookup``, ``getattr``, ``create`` (which returns the new node's attributes and the file's
     number), ``open`` (the number), ``unlink``, ``released`` and ``forget`` (pairs of a node and a
     number of references; no reply is due) are answered without a task, or left to the filesystem.
@@ -144,6 +148,7 @@ class Handlers:
         FORWARD
     )
     fsync: Callable[[FsyncRequest], Awaitable[None] | Forward | None] = lambda _request: FORWARD
+    poll: Callable[[PollRequest, Callable[[], None] | None], int | Forward] = lambda *_: FORWARD
     seek: Callable[[SeekRequest], int | Awaitable[int] | Forward] = lambda _request: FORWARD
     copy: Callable[[CopyRequest], int | Awaitable[int] | Forward] = lambda _request: FORWARD
     lookup: Callable[[NameRequest], Attributes | Forward] = lambda _request: FORWARD

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .handlers import FORWARD, Handlers, IoctlReply
 from .wire import (
     GETXATTR_OUT,
     LSEEK_OUT,
+    NOTIFY_POLL,
+    POLL_OUT,
     WRITE_OUT,
     CopyRequest,
     FallocateRequest,
@@ -21,10 +24,13 @@ from .wire import (
     FsyncRequest,
     GetxattrRequest,
     IoctlRequest,
+    NotifyCode,
+    PollRequest,
     ReadRequest,
     SeekRequest,
     WriteRequest,
     build_ioctl_reply,
+    build_notification,
     build_reply,
 )
 
@@ -114,6 +120,21 @@ class Served:
         except Exception as exc:  # noqa: BLE001 - errno_of is the boundary
             self._answers.refuse(request, self._answers.errno_of(exc, request))
 
+    def poll(self, request: PollRequest, frame: Frame) -> None:
+        wake = None if request.waiter is None else partial(self._wake, request.waiter)
+        try:
+            value = self._handlers.poll(request, wake)
+            if value is FORWARD:
+                self._forward(request, frame)
+            else:
+                self._finish_poll(request, value)
+        except Exception as exc:  # noqa: BLE001 - errno_of is the boundary
+            self._answers.refuse(request, self._answers.errno_of(exc, request))
+
+    def _wake(self, waiter: int) -> None:
+        # It waits for no lock that a request could hold.
+        self._answers.write(build_notification(NotifyCode.POLL, NOTIFY_POLL.pack(waiter)))
+
     def seek(self, request: SeekRequest, frame: Frame) -> None:
         try:
             value = self._handlers.seek(request)
@@ -179,6 +200,11 @@ class Served:
             self._answers.refuse(request, errno.ERANGE)
         else:
             self._answers.write(build_reply(request.unique, value))
+
+    def _finish_poll(self, request: PollRequest, value: object) -> None:
+        if not isinstance(value, int) or not 0 <= value < 1 << 16:
+            raise TypeError(f"the handler of POLL returned {value!r}")
+        self._answers.write(build_reply(request.unique, POLL_OUT.pack(value, 0)))
 
     def _finish_seek(self, request: SeekRequest, value: object) -> None:
         if not isinstance(value, int) or not 0 <= value < 1 << 63:

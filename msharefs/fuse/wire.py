@@ -59,6 +59,13 @@ FSYNC_IN: Final = struct.Struct("<QII")
 LSEEK_IN: Final = struct.Struct("<QQII")
 """fh, offset, whence, padding."""
 LSEEK_OUT: Final = struct.Struct("<Q")
+POLL_IN: Final = struct.Struct("<QQII")
+"""fh, the number by which the waiter is woken, flags, events."""
+POLL_OUT: Final = struct.Struct("<II")
+"""events, padding."""
+POLL_SCHEDULE_NOTIFY: Final = 1
+NOTIFY_POLL: Final = struct.Struct("<Q")
+"""The number of the waiter."""
 COPY_FILE_RANGE_IN: Final = struct.Struct("<QQQQQQQ")
 """fh, offset, the target's node, fh and offset, length, flags."""
 INTERRUPT_IN: Final = struct.Struct("<Q")
@@ -325,6 +332,21 @@ class FsyncRequest:
 
 
 @attrs.define
+class PollRequest:
+    """FUSE_POLL. ``waiter`` is to be woken when the file is ready; None if nobody will wait."""
+
+    opcode: ClassVar = Opcode.POLL
+
+    unique: int
+    nodeid: int
+    uid: int
+    gid: int
+    pid: int
+    fh: int
+    waiter: int | None
+
+
+@attrs.define
 class SeekRequest:
     """FUSE_LSEEK. ``whence`` is SEEK_DATA or SEEK_HOLE: the kernel sees to the others."""
 
@@ -470,6 +492,7 @@ Request: TypeAlias = (
     | WriteRequest
     | GetxattrRequest
     | SeekRequest
+    | PollRequest
     | CopyRequest
     | NameRequest
     | GetattrRequest

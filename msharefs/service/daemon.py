@@ -157,6 +157,7 @@ async def _serve(
             read=files.read,
             write=files.write,
             fsync=files.fsync,
+            poll=files.poll,
             seek=files.seek,
             copy=files.copy,
             opened=files.opened,

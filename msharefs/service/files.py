@@ -10,6 +10,7 @@ count for what lies before it (the rules table in ``docs/ioctl.md``).
 from __future__ import annotations
 
 import errno
+import select
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import attrs
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         CopyRequest,
         FallocateRequest,
         FsyncRequest,
+        PollRequest,
         ReadRequest,
         SeekRequest,
         WriteRequest,
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
 Hold: TypeAlias = "Callable[[RegionFile, Actor], Awaitable[None]]"
 """Told of an opener before it is answered; raises to refuse it."""
 
+ALWAYS_READY: Final = select.POLLIN | select.POLLOUT | select.POLLRDNORM | select.POLLWRNORM
+READABLE: Final = select.POLLIN | select.POLLRDNORM
 OFFSET_END: Final = 1 << 63
 """No file offset reaches this (off_t is signed)."""
 COPIED_AT_ONCE: Final = 64 << 20
@@ -193,6 +197,19 @@ class Files:
             self._wrote(handle, request.pid, "fallocate", offset, length)
         else:
             file.touch()
+
+    def poll(self, request: PollRequest, wake: Callable[[], None] | None) -> int:
+        """Whether it is ready: events come by and by, and all else always is."""
+        handle = self._handles.get(request.fh)
+        if not isinstance(handle, EventsHandle):
+            return ALWAYS_READY
+        handle.disarm()
+        if handle.reader.ready:
+            return READABLE
+        if wake is not None:
+            handle.wake = wake
+            handle.reader.call_when_ready(wake)
+        return 0
 
     def seek(self, request: SeekRequest) -> int | Awaitable[int]:
         """lseek(2) for SEEK_DATA and SEEK_HOLE: where memory has been touched, as tmpfs tells.

@@ -10,10 +10,9 @@ and names, attributes and opening as far as they concern regions (``naming.py``)
 from __future__ import annotations
 
 import os
-import select
 import stat
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import pyfuse3
 import trio
@@ -55,7 +54,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pyfuse3 import (
-        PollHandle,
         ReaddirToken,
         RequestContext,
         SetattrFields,
@@ -66,9 +64,6 @@ if TYPE_CHECKING:
     from msharefs.service.changes import Changes
     from msharefs.service.holds import Holds
     from msharefs.service.naming import Opens
-
-ALWAYS_READY: Final = select.POLLIN | select.POLLOUT | select.POLLRDNORM | select.POLLWRNORM
-READABLE: Final = select.POLLIN | select.POLLRDNORM
 
 
 @guarded
@@ -295,20 +290,6 @@ class Filesystem(pyfuse3.Operations):
 
     async def release(self, fh: int) -> None:
         self._opens.close(fh)
-
-    async def poll(
-        self, inode: int, fh: int, poll_handle: PollHandle | None, ctx: RequestContext
-    ) -> int:
-        handle = self._handles.get(fh)
-        if not isinstance(handle, EventsHandle):
-            return ALWAYS_READY
-        handle.disarm()
-        if handle.reader.ready:
-            return READABLE
-        if poll_handle is not None:
-            handle.wake = poll_handle.notify
-            handle.reader.call_when_ready(handle.wake)
-        return 0
 
     # -- helpers
 

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import random
+import select
 import socket
 import struct
 from collections import Counter
@@ -841,6 +842,41 @@ async def test_fsync_seek_and_copy_are_answered_by_their_handlers(
         await one.nothing_more()
     assert [(found.nodeid, found.fh) for found in asked] == [(9, 3)]
     assert [getattr(found, "offset", 10) for found in asked] == [10]
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "payload"),
+    [
+        (0, 0, struct.pack("<II", 0, 0)),
+        (select.POLLIN, 0, struct.pack("<II", select.POLLIN, 0)),
+        (FORWARD, errno.EXDEV, b""),
+        (-1, errno.EIO, b""),
+        (None, errno.EIO, b""),
+    ],
+)
+@pytest.mark.parametrize("waits", [False, True])
+async def test_poll_is_answered_by_its_handler_and_woken_by_its_number(
+    value, error, payload, waits
+):
+    asked = []
+
+    def poll(request, wake):
+        asked.append((request.nodeid, request.fh, wake))
+        return value
+
+    async with rig(handlers(poll=poll)) as one:
+        await one.ask(Opcode.POLL, 2, struct.pack("<QQII", 3, 77, int(waits), 1), nodeid=9)
+        if value is FORWARD:
+            assert (await one.forwarded())[:2] == (Opcode.POLL, 2)
+            await one.library.send(build_reply(2, error=errno.EXDEV))
+        assert await one.reply() == (2, error, payload)
+        ((nodeid, fh, wake),) = asked
+        assert (nodeid, fh, wake is not None) == (9, 3, waits)
+        if wake is not None:
+            wake()
+            frame = await one.kernel.recv(FRAME_BUFFER)
+            assert frame == struct.pack("<IiQQ", 24, NotifyCode.POLL, 0, 77)
+        await one.nothing_more()
 
 
 # -- names, attributes, opening and closing -------------------------------------------------------
