@@ -37,10 +37,13 @@ from msharefs.clients.procmap import (
     shared_mappings,
     unpacked,
 )
+from msharefs.clients.shown import NOTHING, translate
 from msharefs.clients.space import by_inode
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator
+
+    from msharefs.clients.shown import Placed
 
 __all__ = ["Census", "Found", "MappedRange", "mapped_ranges", "process_ids"]
 
@@ -75,9 +78,10 @@ class Census:
     What ``fresh`` has looked at it does not look at again, so each process is told to one caller.
     """
 
-    def __init__(self, device: int) -> None:
-        """``device`` is the mount's ``st_dev``."""
+    def __init__(self, device: int, placed: Placed = NOTHING) -> None:
+        """``device`` is the mount's ``st_dev``; ``placed``: what stands for parts of others."""
         self.device: Final = device
+        self.placed: Final = placed
         self._us = os.getpid()
         self._proc = os.open(_PROC, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._loadavg = os.open(_PROC / "loadavg", READ_FLAGS)
@@ -135,7 +139,10 @@ class Census:
     def at(self, pid: int, *, private: bool = False) -> Found | None:
         """What one process maps; None if nothing."""
         mapped = self._look(pid, f"{pid}/maps", private)
-        return Found(pid, by_inode(mapped)) if mapped else None
+        return self._found(pid, mapped) if mapped else None
+
+    def _found(self, pid: int, mapped: list[MappedRange]) -> Found:
+        return Found(pid, by_inode(translate(mapped, self.placed)))
 
     def last_pid(self) -> int:
         """The number given to a process or thread last, in our pid namespace.
@@ -167,9 +174,9 @@ class Census:
         for pid, answer in zip(pids, answers, strict=True):
             if isinstance(answer, bytes):
                 if answer:
-                    found.append(Found(pid, by_inode(unpacked(pid, answer))))
+                    found.append(self._found(pid, unpacked(pid, answer)))
             elif answer == errno.ESRCH and (mapped := self._look_at_threads(pid, private)):
-                found.append(Found(pid, by_inode(mapped)))
+                found.append(self._found(pid, mapped))
         return found
 
     def _look(self, pid: int, path: str, private: bool) -> list[MappedRange] | None:
@@ -269,7 +276,9 @@ def process_ids() -> Iterator[int]:
         yield from [int(entry.name) for entry in entries if entry.name.isdecimal()]
 
 
-def mapped_ranges(device: int, inode: int, pids: Iterable[int] | None = None) -> list[MappedRange]:
+def mapped_ranges(
+    device: int, inode: int, pids: Iterable[int] | None = None, placed: Placed = NOTHING
+) -> list[MappedRange]:
     """All mappings of the file ``(st_dev, st_ino)``, in ``pids`` or in every process.
 
     Private ones as well. Costs one read of /proc/PID/maps per process: tens of microseconds for
@@ -282,7 +291,8 @@ def mapped_ranges(device: int, inode: int, pids: Iterable[int] | None = None) ->
         except OSError:
             continue  # gone meanwhile, or a process that nobody may look at
         try:
-            found += [m for m in all_mappings(maps, pid, device) if m.inode == inode]
+            mapped = translate(all_mappings(maps, pid, device), placed)
+            found += [m for m in mapped if m.inode == inode]
         except (Gone, OSError):
             continue
         finally:

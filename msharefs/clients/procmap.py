@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from msharefs.abi import Prot
+    from msharefs.clients.shown import Shown
 
 PROCMAP_QUERY: Final = 0xC0686611
 """_IOWR('f', 17, struct procmap_query), 104 bytes."""
@@ -74,6 +75,8 @@ class MappedRange:
     shared: bool
     offset: int
     inode: int = 0
+    shown: Shown | None = None
+    """If it is a placement's (shown.py): offset and inode are those in the region then."""
 
 
 @functools.cache

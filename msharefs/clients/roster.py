@@ -315,7 +315,7 @@ class Roster:
         if client is not None and not self._still_has(pid, client):
             client = None
         if client is None:
-            client = self._admit(AddressSpace(pid))
+            client = self._admit(AddressSpace(pid, self._census.placed))
         client.met += 1
         self._attach(client, inodes)
         return client
@@ -454,7 +454,7 @@ class Roster:
             self._ordered.remove(client)
         for pid in list(client.sharers):
             try:
-                space = AddressSpace(pid)
+                space = AddressSpace(pid, self._census.placed)
             except (Gone, PermissionError):
                 continue
             # With the first process gone there is nobody to compare it with, but who has run

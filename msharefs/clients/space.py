@@ -36,12 +36,14 @@ from msharefs.clients.procmap import (
     shared_mappings,
     unpacked,
 )
+from msharefs.clients.shown import NOTHING, translate
 from msharefs.region.mapping import PROTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from msharefs.clients.procmap import MappedRange
+    from msharefs.clients.shown import Placed
 
     Files: TypeAlias = dict[int, list[MappedRange]]
     """Mappings by the inode of the file they show."""
@@ -75,9 +77,13 @@ class _Run:
 class AddressSpace:
     """One address space, known by a process that has it."""
 
-    def __init__(self, pid: int) -> None:
-        """Raises Gone if there is no such process, PermissionError if it may not be looked at."""
+    def __init__(self, pid: int, placed: Placed = NOTHING) -> None:
+        """``placed``: what stands for parts of other files (shown.py).
+
+        Raises Gone if there is no such process, PermissionError if it may not be looked at.
+        """
         self.pid = pid
+        self.placed = placed
         self.tid = pid
         """A thread that had it: another than ``pid`` if the first thread has ended."""
         try:
@@ -153,23 +159,27 @@ class AddressSpace:
             raise Gone(f"the mapping at {window.start:#x} of process {self.pid}") from None
         self.check()  # after an exec meanwhile it was another's
         readable, writable = bool(mode & stat.S_IRUSR), bool(mode & stat.S_IWUSR)
+        if window.shown is not None:  # it may have been opened for less, as its object demands
+            writable = window.shown.writable
         return PROTS[(readable and READ_EXEC) | (writable and WRITE)]
 
     def _look(self, device: int, *, private: bool) -> list[MappedRange]:
         maps = self.enter()
         try:
             if private:
-                return all_mappings(maps, self.pid, device)
-            return shared_mappings(maps, self.pid, device)
+                found = all_mappings(maps, self.pid, device)
+            else:
+                found = shared_mappings(maps, self.pid, device)
         finally:
             self.leave()
+        return translate(found, self.placed)
 
     def _windows_of_part(
         self, device: int, inode: int, part: tuple[int, int]
     ) -> list[MappedRange] | None:
         """None if that cannot be told without looking at everything."""
         runs = self._layouts.get((device, inode))
-        if not runs or not has_query():
+        if not runs or self.placed or not has_query():
             return None
         skips = []
         for run in runs:
@@ -307,7 +317,7 @@ def files_of(spaces: Sequence[AddressSpace], device: int) -> list[Files | None]:
             spaces[index].leave()
     for index, answer in zip(entered, answers, strict=True):
         if isinstance(answer, bytes):
-            found[index] = _read(device, answer)
+            found[index] = _read(device, answer, spaces[index].placed)
         elif answer != errno.ESRCH:
             raise OSError(answer, f"process {spaces[index].pid}: {os.strerror(answer)}")
     return found
@@ -316,12 +326,13 @@ def files_of(spaces: Sequence[AddressSpace], device: int) -> list[Files | None]:
 _known: dict[tuple[int, bytes], Files] = {}
 
 
-def _read(device: int, answer: bytes) -> Files:
+def _read(device: int, answer: bytes, placed: Placed) -> Files:
+    # What a placement stands for never changes, so what was said of it may be remembered.
     files = _known.get((device, answer))
     if files is None:
         if len(_known) >= REMEMBERED:
             _known.clear()
-        files = _known[device, answer] = by_inode(unpacked(0, answer))
+        files = _known[device, answer] = by_inode(translate(unpacked(0, answer), placed))
     return files
 
 

@@ -37,6 +37,7 @@ from .passthrough import BackingDevice, BackingTable, FuseBacking
 from .served import Served
 from .wire import (
     FRAME_BUFFER,
+    NOTIFY_INVAL_ENTRY,
     NOTIFY_INVAL_INODE,
     OUT_HEADER,
     OUT_SIZE,
@@ -269,6 +270,11 @@ class Router:
             # the same pages is to ask again. The notification waits for the answer, if it must.
             body = NOTIFY_INVAL_INODE.pack(request.nodeid, request.offset, request.size)
             self.notifier.send(build_notification(NotifyCode.INVAL_INODE, body))
+
+    def drop_name(self, directory: int, name: bytes) -> None:
+        """Have the kernel keep this name no longer: it asks anew, and forgets what is not in use."""
+        body = NOTIFY_INVAL_ENTRY.pack(directory, len(name), 0) + name + b"\0"
+        self.notifier.send(build_notification(NotifyCode.INVAL_ENTRY, body))
 
     def _on_init(self, request: InitRequest, frame: Frame) -> None:
         self._forward(request, amend_init_request(frame))

@@ -45,6 +45,8 @@ NOTIFY_INVAL_INODE: Final = struct.Struct("<Qqq")
 """node, offset, length: what the kernel is to cache no longer."""
 GETATTR_SIZE: Final = 16
 """Of struct fuse_getattr_in."""
+NOTIFY_INVAL_ENTRY: Final = struct.Struct("<QII")
+"""directory, length of the name, flags; the name follows, and a zero byte."""
 GETXATTR_IN: Final = struct.Struct("<II")
 """size of the caller's buffer (0: the value's length is asked for), padding; the name follows."""
 GETXATTR_OUT: Final = struct.Struct("<II")

@@ -1,7 +1,7 @@
 """What a region's table, its watches and the way of protecting ask of a process that maps it.
 
 For: turning "this range is read-only and watched for stores" into what the process's own mapping
-must be: the protection of the mapping itself, and which accesses are caught by a userfaultfd
+must be: what the mapping shows, its protection, and which accesses are caught by a userfaultfd
 before they happen.
 
 Promises: pure. An access that the table forbids is either outside the mapping's protection or
@@ -20,19 +20,23 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 import attrs
 
-from msharefs.abi import NotifyEvent, Prot
+from msharefs.abi import Kind, NotifyEvent, Prot
 from msharefs.region.mapping import PROTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from msharefs.region.mapping import RangeChange
+    from msharefs.region.mapping import Mapping, RangeChange
     from msharefs.region.spans import SpanSet
     from msharefs.region.table import MappingTable
 
 
-Piece: TypeAlias = "tuple[int, int, Prot | None]"
-"""``[start, end)`` of a region and its protection; None is a hole."""
+Source: TypeAlias = "tuple[int, int] | None"
+"""What is to be seen: the region's own memory (None), or a file object: its ident, and the offset
+in the region minus that in the file, in bytes."""
+
+Piece: TypeAlias = "tuple[int, int, Prot | None, Source]"
+"""``[start, end)`` of a region, its protection (None is a hole), and what it shows."""
 
 _Span = TypeVar("_Span", bound=tuple[Any, ...])
 
@@ -72,12 +76,21 @@ _WATCH_READ: Final = int(NotifyEvent.READ)
 
 @attrs.frozen
 class Demand:
-    """``[start, end)`` of the region, in bytes: the mapping's protection, and what is caught."""
+    """``[start, end)`` of the region, in bytes: what a mapping shows, its protection, what is caught.
+
+    A hole shows memory, with PROT_NONE.
+    """
 
     start: int
     end: int
     prot: Prot
     caught: Caught = Caught.NOTHING
+    source: Source = None
+
+    @property
+    def shut(self) -> bool:
+        """Whether a program sees nothing there: what it does not see does not matter."""
+        return not int(self.prot) and not int(self.caught)
 
 
 def serve(prot: Prot, watched: int, *, by_fault: bool) -> tuple[int, int]:
@@ -104,6 +117,13 @@ def serve(prot: Prot, watched: int, *, by_fault: bool) -> tuple[int, int]:
     return (has | READ_WRITE, caught) if caught else (has, 0)
 
 
+def source_of(mapping: Mapping | None) -> Source:
+    """What a mapping shows."""
+    if mapping is None or mapping.object.kind is not Kind.FILE:
+        return None
+    return mapping.object.ident, mapping.start - mapping.object_offset
+
+
 def cover(table: MappingTable, start: int, end: int) -> list[Piece]:
     """The protections of ``[start, end)`` as the table has them, holes and all."""
     pieces: list[Piece] = []
@@ -111,11 +131,11 @@ def cover(table: MappingTable, start: int, end: int) -> list[Piece]:
     for mapping in table.overlapping(start, end) if start < end else ():
         low, high = max(start, mapping.start), min(end, mapping.end)
         if at < low:
-            pieces.append((at, low, None))
-        pieces.append((low, high, mapping.prot))
+            pieces.append((at, low, None, None))
+        pieces.append((low, high, mapping.prot, source_of(mapping)))
         at = high
     if at < end:
-        pieces.append((at, end, None))
+        pieces.append((at, end, None, None))
     return pieces
 
 
@@ -123,21 +143,22 @@ def changed(pieces: Iterable[Piece], ranges: Sequence[RangeChange]) -> list[Piec
     """``pieces`` as they will be once ``ranges``, a planned change's, have been applied."""
     new: list[Piece] = []
     index = 0
-    for start, end, prot in pieces:
+    for start, end, prot, source in pieces:
         at = start
         while index < len(ranges) and ranges[index].start < end:
             part = ranges[index]
             low, high = max(at, part.start), min(end, part.end)
             if at < low:
-                new.append((at, low, prot))
+                new.append((at, low, prot, source))
             if low < high:
-                new.append((low, high, part.new.prot if part.new is not None else None))
+                prot_now = part.new.prot if part.new is not None else None
+                new.append((low, high, prot_now, source_of(part.new)))
                 at = high
             if part.end > end:
                 break  # goes on in the next piece
             index += 1
         if at < end:
-            new.append((at, end, prot))
+            new.append((at, end, prot, source))
     return new
 
 
@@ -154,7 +175,10 @@ def demands(
         return []
     faulting = by_fault.within(pieces[0][0], pieces[-1][1]) if by_fault else []
     if not watched and not faulting:
-        return _joined(Demand(start, end, prot or Prot.NONE) for start, end, prot in pieces)
+        return _joined(
+            Demand(start, end, prot or Prot.NONE, Caught.NOTHING, source)
+            for start, end, prot, source in pieces
+        )
     return _joined(_served(pieces, watched, faulting))
 
 
@@ -165,7 +189,7 @@ def _served(
 ) -> Iterator[Demand]:
     cuts = {cut for low, high, *_ in (*watched, *faulting) for cut in (low, high)}
     edges = sorted(cuts)
-    for start, end, prot in pieces:
+    for start, end, prot, source in pieces:
         inner = edges[bisect_right(edges, start) : bisect_left(edges, end)]
         for low, high in pairwise([start, *inner, end]):
             if prot is None:
@@ -174,7 +198,7 @@ def _served(
             events = next((bits for a, b, bits in _from(watched, low) if a <= low < b), 0)
             faults = any(a <= low < b for a, b in _from(faulting, low))
             has, caught = serve(prot, events, by_fault=faults)
-            yield Demand(low, high, PROTS[has], CAUGHT[caught])
+            yield Demand(low, high, PROTS[has], CAUGHT[caught], source)
 
 
 def _from(spans: Sequence[_Span], offset: int) -> Sequence[_Span]:
@@ -187,8 +211,13 @@ def _joined(pieces: Iterable[Demand]) -> list[Demand]:
     joined: list[Demand] = []
     for piece in pieces:
         last = joined[-1] if joined else None
-        if last is not None and last.prot == piece.prot and last.caught == piece.caught:
-            joined[-1] = Demand(last.start, piece.end, last.prot, last.caught)
+        if (
+            last is not None
+            and last.prot == piece.prot
+            and last.caught == piece.caught
+            and last.source == piece.source
+        ):
+            joined[-1] = Demand(last.start, piece.end, last.prot, last.caught, last.source)
         else:
             joined.append(piece)
     return joined
@@ -197,7 +226,9 @@ def _joined(pieces: Iterable[Demand]) -> list[Demand]:
 def both(old: list[Demand], new: list[Demand]) -> list[Demand]:
     """The rights that ``old`` and ``new`` both give, and whatever either of them catches.
 
-    Both must cover the same range. It is what holds while one is replaced by the other.
+    Both must cover the same range. It is what holds while one is replaced by the other. What is
+    shown is what ``new`` shows, but where ``old`` lets nobody see anything: there nothing has to
+    be done before the new rights are given.
     """
     met: list[Demand] = []
     i = j = 0
@@ -205,7 +236,8 @@ def both(old: list[Demand], new: list[Demand]) -> list[Demand]:
         one, other = old[i], new[j]
         low, high = max(one.start, other.start), min(one.end, other.end)
         prot = PROTS[int(one.prot) & int(other.prot)]
-        met.append(Demand(low, high, prot, CAUGHT[int(one.caught) | int(other.caught)]))
+        source = one.source if one.shut else other.source
+        met.append(Demand(low, high, prot, CAUGHT[int(one.caught) | int(other.caught)], source))
         i += one.end == high
         j += other.end == high
     return _joined(met)

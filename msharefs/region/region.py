@@ -123,8 +123,6 @@ class Region:
 
     def check_mmap(self, prot: Prot) -> None:
         """The same rule for mmap(): ``prot`` is what the mapping allows. Raises ModeTooNarrow."""
-        if self.table.files:
-            raise Unsupported("the region holds file objects, which no mapping can show yet")
         lacking = int(self.rights) & ~int(prot)
         if lacking and self.semantics.superset:
             raise ModeTooNarrow(

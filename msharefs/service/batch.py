@@ -1,7 +1,8 @@
 """Many clients of one region, brought to one layout side by side.
 
-For: ``enforce.py``. First what is newly to be caught is caught, then protections are set by borrowed
-threads, then what need not be caught any more is let go; so the rule is in force at every moment.
+For: ``enforce.py``. First each is made to show what is to be seen (``laying.py``), then what is newly
+to be caught is caught, then protections are set by borrowed threads, then what need not be caught
+any more is let go; so the rule is in force at every moment.
 
 Promises: one that fails does not keep the others from being done; failures are returned, by client.
 Those that have gone, or map the region no more, are taken off the roster.
@@ -26,13 +27,14 @@ from msharefs.clients.faults import Served, Span, moving
 from msharefs.clients.gone import Gone
 from msharefs.clients.many import protect_many, protecting
 from msharefs.clients.procmap import MappedRange
-from msharefs.clients.replica import Comparison, Step, is_replica
+from msharefs.clients.replica import Comparison, Protect, is_replica
 from msharefs.clients.roster import Client
 from msharefs.clients.space import AddressSpace, files_of
 from msharefs.clients.userfault import Outcome, UserfaultUnavailable, make
 from msharefs.region.demand import CAUGHT, Caught, Demand
 from msharefs.region.errors import ClientStuck
 from msharefs.region.mapping import PROTS
+from msharefs.service.laying import lay
 from msharefs.service.layout import newly, no_longer
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ _NOTED: Final = int(Caught.NOTED)
 
 
 class Batch:
-    """Clients that are brought to one layout, in three steps: catch, protect, lift."""
+    """Clients that are brought to one layout, in four steps: lay, catch, protect, lift."""
 
     def __init__(
         self,
@@ -71,22 +73,27 @@ class Batch:
         before: Sequence[Demand],
         *,
         rearm: int = 0,
+        shuts: bool = True,
     ) -> None:
-        """``rearm``: everything is to be caught anew, in each client once for that number."""
-        self._enforcer = enforcer
-        self._file = file
-        self._layout = layout
+        """``rearm``: everything is to be caught anew, in each client once for that number.
+
+        ``shuts``: who cannot be shown a file is to see nothing there; else that will be undone.
+        """
+        self.enforcer = enforcer
+        self.file = file
+        self.layout = layout
         self._before = before
         self._rearm = rearm
         self.windows: dict[Client, list[MappedRange]] = {}
         self.run_by: dict[Client, Run] = {}
         """Whose thread is stopped already."""
-        self.late: list[Client] = []
+        self.late: dict[Client, list[MappedRange]] = {}
         """Whose only thread waits for us: left out of everything, and owed it."""
         self._caught = [demand for demand in layout.served if _caught(demand)]
         self._noted = [demand for demand in layout.served if demand.caught & Caught.NOTED]
         self._newly = [demand for demand in newly(before, layout.served) if _caught(demand)]
         self._spans: dict[tuple[int, int], list[Span]] = {}
+        self.shuts = shuts
         self._uncatchable: set[Client] = set()
         self._zap: dict[Client, list[Span]] = {}
         self.touched = False
@@ -99,8 +106,8 @@ class Batch:
 
         ``seen``: somebody has just looked at all of them. ``waiting``: they may wait for us.
         """
-        device, inode = self._enforcer.device, self._file.ino
-        roster = self._enforcer.roster
+        device, inode = self.enforcer.device, self.file.ino
+        roster = self.enforcer.roster
         if seen:
             unseen: list[Client] = []
             for client in clients:
@@ -121,16 +128,32 @@ class Batch:
                     roster.forget(client)
                 else:
                     self._note(client, files.get(inode, []), waiting=waiting)
-        self._uncatchable.update(await self._enforcer.claim(self.windows))
+        self._uncatchable.update(await self.enforcer.claim(self.windows))
 
     def _note(self, client: Client, mapped: list[MappedRange], *, waiting: bool) -> None:
         if not mapped:
-            self._enforcer.roster.detach(client, self._file.ino)
-        elif waiting and (tid := self._enforcer.debts.waiter(client)):
-            self._enforcer.debts.owe(tid, self._file, client)
-            self.late.append(client)
+            self.enforcer.roster.detach(client, self.file.ino)
+        elif waiting and (tid := self.enforcer.debts.waiter(client)):
+            self.enforcer.debts.owe(tid, self.file, client)
+            self.late[client] = mapped
         else:
             self.windows[client] = mapped
+
+    def forget(self, client: Client) -> None:
+        """It has gone, or maps the region no more."""
+        self.windows.pop(client, None)
+        try:
+            client.space.check()
+        except Gone:
+            self.enforcer.roster.forget(client)
+        else:
+            self.enforcer.roster.detach(client, self.file.ino)
+
+    # -- what is shown
+
+    async def lay(self) -> dict[Client, Exception]:
+        """Have each show what it is to show; who fails is left out of what follows."""
+        return await lay(self)
 
     # -- what is caught
 
@@ -144,27 +167,27 @@ class Batch:
             for client in self.windows
             if client.served is None and client not in self._uncatchable
         ]
-        made = await self._sessions(dict.fromkeys(makers, make))
+        made = await self.sessions(dict.fromkeys(makers, make))
         for client, outcome in made.items():
             if isinstance(outcome, Exception):
                 if not isinstance(outcome, Gone | UserfaultUnavailable):
                     failures[client] = outcome
                 self._uncatchable.add(client)
             else:
-                self._enforcer.serve(client, self._enforcer.faults.add(client, outcome, client.pid))
+                self.enforcer.serve(client, self.enforcer.faults.add(client, outcome, client.pid))
         todo = {
             client: spans
             for client, windows in self.windows.items()
             if client not in self._uncatchable and (spans := self._to_catch(client, windows))
         }
-        await self._enforcer.noting.release(self._file, todo)
+        await self.enforcer.noting.release(self.file, todo)
         outcomes = await self._bring(todo)
         await self._catch_unmet()
         for client, outcome in outcomes.items():
             if isinstance(outcome, Exception):
                 failures[client] = outcome
             elif outcome is Outcome.SERVED:
-                if attached := client.regions.get(self._file.ino):
+                if attached := client.regions.get(self.file.ino):
                     self._note_armed(attached)
                 zap = [span for span in todo[client] if span.caught & Caught.ACCESSES]
                 self._zap[client] = zap
@@ -178,7 +201,7 @@ class Batch:
         A child that is being forked is told of before its parent can be protected, and of those
         that are forked later what their parents had is true.
         """
-        faults, met = self._enforcer.faults, set[Served]()
+        faults, met = self.enforcer.faults, set[Served]()
         while True:
             todo = [
                 (child, spans)
@@ -191,7 +214,7 @@ class Batch:
             await faults.bring_many(todo)
 
     def _to_catch_unmet(self, child: Served) -> list[Span]:
-        inode = self._file.ino
+        inode = self.file.ino
         windows = self.windows.get(child.client) if isinstance(child.client, Client) else None
         if windows is None:  # those of its parent are not known: what it has inherited will do
             windows = [
@@ -205,14 +228,14 @@ class Batch:
         return [span for span in spans if not child.catches(span)]
 
     def _to_catch(self, client: Client, windows: list[MappedRange]) -> list[Span]:
-        attached = client.regions.get(self._file.ino)
+        attached = client.regions.get(self.file.ino)
         if attached is None:  # it has just ended, or unmapped the region
             return []
         every = self._spans_of(windows, self._caught)
         served = client.served
         if served is None or not attached.armed:
             return every
-        if self._rearm and served.stamps.get(self._file.ino) != self._rearm:
+        if self._rearm and served.stamps.get(self.file.ino) != self._rearm:
             return every
         # What it has mapped since, or had before it was forked, is not caught by itself.
         found = self._spans_of(windows, self._newly)
@@ -227,7 +250,7 @@ class Batch:
         key = id(windows), id(wanted)
         spans = self._spans.get(key)
         if spans is None:
-            spans = self._spans[key] = spans_of(windows, wanted, self._file.ino)
+            spans = self._spans[key] = spans_of(windows, wanted, self.file.ino)
         return spans
 
     async def _note_stores(self) -> dict[Client, Exception]:
@@ -235,23 +258,23 @@ class Batch:
         todo = {
             client: spans
             for client, windows in self.windows.items()
-            if (spans := spans_of(windows, self._noted, self._file.ino))
+            if (spans := spans_of(windows, self._noted, self.file.ino))
         }
         # A range that is caught cannot be noted as well.
         caught = {c: spans for c, spans in todo.items() if c.served and c.served.spans}
         await self._bring({c: _without_noted(spans) for c, spans in caught.items()})
-        failures = await self._enforcer.noting.arm(
-            self._file, todo, self._sessions, anew=bool(self._rearm)
+        failures = await self.enforcer.noting.arm(
+            self.file, todo, self.sessions, anew=bool(self._rearm)
         )
         for client in todo:
-            attached = client.regions.get(self._file.ino)
+            attached = client.regions.get(self.file.ino)
             if client not in failures and attached is not None:
                 self._note_armed(attached)
         return {c: error for c, error in failures.items() if isinstance(error, ClientStuck)}
 
     async def lift(self) -> None:
         """Catch no more what is no longer to be caught."""
-        inode, served = self._file.ino, self._layout.served
+        inode, served = self.file.ino, self.layout.served
         gone = no_longer(self._before, served)
         free = [] if self._before else [demand for demand in served if not demand.caught]
         todo: dict[Client, list[Span]] = {}
@@ -273,10 +296,10 @@ class Batch:
         forgotten = [demand for demand in gone if not demand.caught & Caught.NOTED]
         if forgotten:
             parts = {c: spans_of(w, forgotten, inode) for c, w in self.windows.items()}
-            await self._enforcer.noting.release(self._file, parts)
+            await self.enforcer.noting.release(self.file, parts)
 
     def _note_armed(self, attached: Attachment) -> None:
-        served = self._layout.served
+        served = self.layout.served
         start, end = served[0].start, served[-1].end
         outside = [(a, min(b, start)) for a, b in attached.armed if a < start]
         outside += [(max(a, end), b) for a, b in attached.armed if b > end]
@@ -284,7 +307,7 @@ class Batch:
 
     async def _bring(self, todo: dict[Client, list[Span]]) -> dict[Client, Outcome | Exception]:
         """Have spans caught, without a moment in which one is caught by nobody and open to all."""
-        faults = self._enforcer.faults
+        faults = self.enforcer.faults
         self.touched = self.touched or bool(todo)
         outcomes: dict[Client, Outcome | Exception] = {}
         plain: list[tuple[Client, Served]] = []
@@ -304,25 +327,25 @@ class Batch:
         self, client: Client, served: Served, spans: list[Span], shut: Sequence[Span]
     ) -> Outcome | Exception:
         windows = self.windows[client]
-        await self._sessions({client: _protecting(_gated(windows, shut, shut=True), ())})
+        await self.sessions({client: _protecting(_gated(windows, shut, shut=True), ())})
         try:
-            return await self._enforcer.faults.bring(served, spans)
+            return await self.enforcer.faults.bring(served, spans)
         except OSError as error:
             return error
         finally:
             with trio.CancelScope(shield=True):
                 steps = _gated(windows, shut, shut=False)
-                await self._sessions({client: _protecting(steps, ())})
+                await self.sessions({client: _protecting(steps, ())})
 
     # -- protections
 
     async def step(self) -> dict[Client, Exception]:
         """Make each client's mappings what they are to be."""
         comparisons: dict[tuple[bool, int], Comparison] = {}
-        same: dict[tuple[bool, int], list[Step]] = {}  # by windows, which forked clients share
-        whole = self._file.region.semantics.superset
+        same: dict[tuple[bool, int], list[Protect]] = {}  # by windows, which forked clients share
+        whole = self.file.region.semantics.superset
         bodies: dict[Client, Body[None]] = {}
-        plain_steps: dict[Client, list[Step]] = {}
+        plain_steps: dict[Client, list[Protect]] = {}
         for client in list(self.windows):
             plain = client in self._uncatchable
             known = same.get((plain, id(self.windows[client]))) if whole else None
@@ -330,18 +353,19 @@ class Batch:
                 steps = known
             else:
                 try:
-                    parts = self._parts(client)
+                    parts = self.parts(client)
                 except Gone:
-                    self._enforcer.roster.forget(client)
+                    self.enforcer.roster.forget(client)
                     continue
                 steps = []
                 for within, windows in parts.items():
                     comparison = comparisons.get((plain, int(within)))
                     if comparison is None:
-                        wanted = self._layout.plain if plain else self._layout.served
+                        wanted = self.layout.plain if plain else self.layout.served
                         comparison = Comparison(wanted, within=within)
                         comparisons[plain, int(within)] = comparison
-                    steps += comparison.steps(windows)
+                    found = comparison.steps(windows)
+                    steps += [step for step in found if isinstance(step, Protect)]
                 if len(parts) > 1:
                     steps.sort(key=lambda step: step.address)
                 same[plain, id(self.windows[client])] = steps
@@ -351,52 +375,52 @@ class Batch:
             elif steps:
                 plain_steps[client] = steps
         self.touched = self.touched or bool(bodies or plain_steps)
-        outcomes = await self._sessions(bodies)
+        outcomes = await self.sessions(bodies)
         outcomes.update(await self._protect(plain_steps))
         await self._by_children(plain_steps, outcomes)
         failures = {c: e for c, e in outcomes.items() if isinstance(e, Exception)}
         for client in [c for c, error in failures.items() if isinstance(error, Gone)]:
             del failures[client]
-            self._enforcer.roster.forget(client)
+            self.enforcer.roster.forget(client)
         return failures
 
     async def _by_children(
-        self, steps: dict[Client, list[Step]], outcomes: dict[Client, Any]
+        self, steps: dict[Client, list[Protect]], outcomes: dict[Client, Any]
     ) -> None:
         """Who did not stop because it is in vfork(2): its child has the same memory."""
         stuck = [
             c for c in steps if isinstance(outcomes[c], ClientStuck) and waits_for_child(c.pid)
         ]
         if stuck:
-            await self._enforcer.roster.survey()
+            await self.enforcer.roster.survey()
             again = {c: _protecting(steps[c], ()) for c in stuck if c.sharers}
-            outcomes.update(await self._sessions(again))
+            outcomes.update(await self.sessions(again))
 
-    async def _protect(self, steps: dict[Client, list[Step]]) -> dict[Client, Exception | None]:
+    async def _protect(self, steps: dict[Client, list[Protect]]) -> dict[Client, Exception | None]:
         clients = list(steps)
         results = await protect_many(
-            self._enforcer.tracer,
+            self.enforcer.tracer,
             [client.pid for client in clients],
             list(steps.values()),
             LIMIT,
             spaces=[client.space for client in clients],
             known=[client.borrowed for client in clients],
-            guard=self._enforcer.guard,
+            guard=self.enforcer.guard,
         )
         for client, result in zip(clients, results, strict=True):
             client.borrowed = client.borrowed or result is None
         return dict(zip(clients, results, strict=True))
 
-    def _parts(self, client: Client) -> dict[Prot, list[MappedRange]]:
+    def parts(self, client: Client) -> dict[Prot, list[MappedRange]]:
         """The client's mappings, by the rights that they may have at all: those asked for.
 
         Where the superset rule holds all of them asked for all that there are. Raises Gone.
         """
         windows = self.windows[client]
-        if self._file.region.semantics.superset:
+        if self.file.region.semantics.superset:
             return {PROT_ALL: windows}
-        limited = self._file.region.semantics.limited
-        attached = client.regions[self._file.ino]
+        limited = self.file.region.semantics.limited
+        attached = client.regions[self.file.ino]
         if len(attached.declared) > 2 * len(windows) + DECLARED_TOO_MANY:
             attached.rights(windows, has_now)  # forgets those of mappings that have gone
 
@@ -404,13 +428,16 @@ class Batch:
             """No gate saw it: what it has, or what a fork of one that obeys already may have."""
             if not limited:
                 return client.space.may(window)
-            if not is_replica([window], self._layout.plain):
+            if not is_replica([window], self.layout.plain):
                 return window.prot
             return PROTS[int(window.prot) | int(client.space.may(window)) & _OPEN]
 
         return attached.parts(windows, asked_for)
 
-    async def _sessions(self, bodies: dict[Client, Body[Any]]) -> dict[Client, Any]:
+    async def sessions(
+        self, bodies: dict[Client, Body[Any]], limit: float = LIMIT
+    ) -> dict[Client, Any]:
+        """Have each client's thread do its own: what came of it, an exception as its value."""
         outcomes: dict[Client, Any] = {}
         borrowed: list[Client] = []
         for client, body in bodies.items():
@@ -422,15 +449,15 @@ class Batch:
                     outcomes[client] = error
             else:
                 borrowed.append(client)
-        sessions = [_session(client, self._guarded(bodies[client])) for client in borrowed]
-        results = await self._enforcer.tracer.run(sessions)
+        sessions = [_session(client, self._guarded(bodies[client]), limit) for client in borrowed]
+        results = await self.enforcer.tracer.run(sessions)
         for client, result in zip(borrowed, results, strict=True):
             client.borrowed = client.borrowed or not isinstance(result, Exception)
         outcomes.update(zip(borrowed, results, strict=True))
         return outcomes
 
     def _guarded(self, body: Body[Any]) -> Body[Any]:
-        guard = self._enforcer.guard
+        guard = self.enforcer.guard
         return body if guard is None else guard(body)
 
 
@@ -462,7 +489,7 @@ class all_locks:  # noqa: N801 - used like a function
         self._held = []
 
 
-def _session(client: Client, body: Body[Any]) -> Session[Any]:
+def _session(client: Client, body: Body[Any], limit: float) -> Session[Any]:
     """Borrow a thread that has the client's memory.
 
     A process in vfork(2) does not stop before its child has done; that has the same memory.
@@ -472,11 +499,11 @@ def _session(client: Client, body: Body[Any]) -> Session[Any]:
         for pid in client.sharers:
             try:
                 same = partial(_same, pid, space)
-                return (yield from borrow(pid, body, limit=LIMIT, known=known, check=same))
+                return (yield from borrow(pid, body, limit=limit, known=known, check=same))
             except Gone:  # it runs another program by now, and its parent goes on
                 continue
     check = space.check  # it may have become another program since we looked
-    return (yield from borrow(client.pid, body, limit=LIMIT, known=known, check=check))
+    return (yield from borrow(client.pid, body, limit=limit, known=known, check=check))
 
 
 def _same(pid: int, space: AddressSpace) -> None:
@@ -502,7 +529,7 @@ def has_now(window: MappedRange) -> Prot:
     return window.prot
 
 
-def _protecting(steps: Sequence[Step], zap: Sequence[Span]) -> Body[None]:
+def _protecting(steps: Sequence[Protect], zap: Sequence[Span]) -> Body[None]:
     def body(thread: Borrowed) -> Session[None]:
         for span in zap:
             yield from thread.call(Number.MADVISE, span.address, span.size, MADV_DONTNEED)
@@ -511,9 +538,9 @@ def _protecting(steps: Sequence[Step], zap: Sequence[Span]) -> Body[None]:
     return body
 
 
-def _gated(windows: Iterable[MappedRange], moving: Iterable[Span], *, shut: bool) -> list[Step]:
+def _gated(windows: Iterable[MappedRange], moving: Iterable[Span], *, shut: bool) -> list[Protect]:
     """Forbid in a client's own mapping what is caught of ``moving``, or open it again for faults."""
-    steps: list[Step] = []
+    steps: list[Protect] = []
     for window in windows:
         for span in moving:
             low, high = max(window.start, span.address), min(window.end, span.end)
@@ -522,7 +549,7 @@ def _gated(windows: Iterable[MappedRange], moving: Iterable[Span], *, shut: bool
             prot = int(window.prot) | _OPEN
             if shut:
                 prot = 0 if span.caught & Caught.ACCESSES else prot & ~int(Prot.WRITE)
-            steps.append(Step(low, high - low, PROTS[prot]))
+            steps.append(Protect(low, high - low, PROTS[prot]))
     return steps
 
 

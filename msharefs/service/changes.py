@@ -25,7 +25,7 @@ import trio
 
 from msharefs.abi import Kind
 from msharefs.memory.objects import Objects
-from msharefs.region.errors import RightsInUse, Unsupported
+from msharefs.region.errors import RightsInUse
 from msharefs.region.events import NOBODY, Actor, Event, EventKind
 from msharefs.region.mapping import PROTS
 from msharefs.region.pages import page_up
@@ -230,8 +230,6 @@ class Changes:
         """Carry a change out in every process that maps the region as well."""
         after = enforcer.after(file, state, change)
         move = await enforcer.begin(file, state, change, after, pid=pid)
-        if move.clients and any(m.object.kind is Kind.FILE for m in change.added):
-            raise Unsupported("somebody maps the region, and no mapping can show a file yet")
         await enforcer.check_rights(file, move.clients, file.region.contested(change))
         begun = False
         before = state.by_fault, state.watches

@@ -24,6 +24,7 @@ from msharefs.abi import Command, Feature, Gate
 from msharefs.clients.census import MappedRange, mapped_ranges
 from msharefs.clients.gate import GateUnavailable
 from msharefs.clients.policy import Enforce
+from msharefs.clients.shown import NOTHING
 from msharefs.clients.tracer import prepare_process
 from msharefs.fuse.handlers import FORWARD, Forward, Handlers
 from msharefs.fuse.mount import MountOptions as KernelOptions
@@ -45,12 +46,14 @@ from msharefs.service.mmaps import Mmaps
 from msharefs.service.naming import Naming, Opens
 from msharefs.service.nodes import Namespace
 from msharefs.service.notifications import Notifications
+from msharefs.service.placements import Placements
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from msharefs.abi import Prot
     from msharefs.clients.gate_lsm import LsmGate
+    from msharefs.clients.shown import Placed
     from msharefs.fuse.router import Router
     from msharefs.fuse.wire import GetxattrRequest
     from msharefs.region.events import Actor
@@ -123,10 +126,12 @@ async def _serve(
         )
         handles = Handles()
         notifications = Notifications(changes, namespace.find_region)
-        enforcement = None
+        enforcement, placements = None, None
         if gate.kind is not Gate.NONE:
+            placements = Placements(namespace, changes.objects)
+            changes.census = _census_of(number, placements.placed)
             enforcement = Enforcement(
-                number, options, changes, notifications, namespace.find_region, gate.lsm
+                number, options, changes, notifications, namespace.find_region, placements, gate.lsm
             )
         hold = _hold(enforcement, gate.kind)
         contents = Contents(changes)
@@ -146,7 +151,7 @@ async def _serve(
             region_devices=_region_devices,
             semantics=options.semantics,
         )
-        opens = Opens(namespace, handles, changes, notifications.holds)
+        opens = Opens(namespace, handles, changes, notifications.holds, placements)
         naming = Naming(namespace, opens)
         operations = Filesystem(namespace, handles, changes, store, notifications.holds, opens)
         if enforcement is not None:
@@ -177,6 +182,8 @@ async def _serve(
             assert memory is not None, "the memory of a gated mount is on a device of its own"
             gate.lsm.add_mount(number, memory)
         session = Session(operations, device, handlers, mountpoint=mountpoint)
+        if enforcement is not None:
+            enforcement.placements.drop_name = session.router.drop_name
     except BaseException:
         os.close(device)
         unmount(mountpoint, detach=True)
@@ -202,6 +209,8 @@ async def _serve(
         if enforcement is not None:
             enforcement.close()
         handles.clear()
+        if enforcement is not None:
+            enforcement.placements.clear()
         namespace.clear()
     log.info("unmounted %s", mountpoint)
 
@@ -227,8 +236,8 @@ async def _unwatch_at_end(session: Session, gate: LsmGate) -> None:
     gate.remove_mount()
 
 
-def _census_of(device: int) -> Callable[[int], list[MappedRange]]:
-    return lambda ino: mapped_ranges(device, ino)
+def _census_of(device: int, placed: Placed = NOTHING) -> Callable[[int], list[MappedRange]]:
+    return lambda ino: mapped_ranges(device, ino, placed=placed)
 
 
 def _notify(enforcement: Enforcement | None, notifications: Notifications) -> Notify | None:
@@ -275,7 +284,8 @@ def _gated(
         assert enforcement.gatekeeper is not None, "there before the mount answers"
         return enforcement.gatekeeper.admit(file, tid, prot)
 
-    return Mmaps(namespace, changes, enforcement.lsm.question, admit).getxattr
+    mmaps = Mmaps(namespace, changes, enforcement.lsm.question, admit, enforcement.placements)
+    return mmaps.getxattr
 
 
 def _region_devices() -> frozenset[int]:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import attrs
 import trio
 
-from msharefs.abi import Prot
+from msharefs.abi import Kind, Prot
 from msharefs.clients.gone import Gone
 from msharefs.clients.identity import identify
 from msharefs.clients.policy import Enforce, Way, way
@@ -46,6 +46,7 @@ from msharefs.service.debts import Debts
 from msharefs.service.errors import errno_of
 from msharefs.service.layout import END, After, Layout, anything, layout_of, put
 from msharefs.service.move import Move, unknown
+from msharefs.service.tidy import Tidy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from msharefs.service.changes import RegionState
     from msharefs.service.nodes import RegionFile
     from msharefs.service.noting import Noting
+    from msharefs.service.placements import Placements
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +98,7 @@ class Enforcer:
         huge: bool,
         tell: Callable[[RegionFile, Event], object],
         state: Callable[[RegionFile], RegionState],
+        placements: Placements,
         guard: Callable[[Body[Any]], Body[Any]] | None = None,
     ) -> None:
         """``guard`` wraps what borrowed threads do, for a gate that has to be told of it."""
@@ -112,10 +115,12 @@ class Enforcer:
         self.tell = tell
         self.guard: Final = guard
         self.state = state
+        self.placements: Final = placements
         self._holders: dict[int, tuple[int, int]] = {}
         self._spaces: dict[int, AddressSpace] = {}
         self._look = trio.Event()
         self._later: trio.Nursery | None = None
+        self.tidy: Final = Tidy(placements, roster, state)
         self.moves: Final[dict[int, Move]] = {}
         """Changes that are just taking rights away, by region."""
         self.debts: Final = Debts(self)
@@ -176,7 +181,7 @@ class Enforcer:
         try:
             space = self._spaces.get(pid)
             if space is None:
-                space = self._spaces[pid] = AddressSpace(pid)
+                space = self._spaces[pid] = AddressSpace(pid, self.census.placed)
             space.check()
         except (Gone, OSError):
             return
@@ -221,7 +226,10 @@ class Enforcer:
     @staticmethod
     def _takes_only_write(change: Change) -> bool:
         return bool(change.ranges) and all(
-            part.lost == Prot.WRITE and not part.gained and part.new is not None
+            part.lost == Prot.WRITE
+            and not part.gained
+            and part.new is not None
+            and part.new.object.kind is Kind.ANON
             for part in change.ranges
         )
 
@@ -384,12 +392,16 @@ class Enforcer:
         if not clients:
             return False
         strict = self.strict if strict is None else strict
-        batch = Batch(self, file, layout, before, rearm=rearm)
+        batch = Batch(self, file, layout, before, rearm=rearm, shuts=not strict)
         async with all_locks(clients):
             await batch.look(clients, seen=seen)
-            failures = await batch.catch()
+            failures = await batch.lay()
+            if failures and strict:
+                self._judge(file, list(failures), failures, strict=True)
+            failures |= await batch.catch()
             failures |= await batch.step()
             await batch.lift()
+        self.tidy.soon()
         self._judge(file, [c for c in clients if c not in batch.late], failures, strict=strict)
         return batch.touched or bool(failures)
 
@@ -445,7 +457,8 @@ class Enforcer:
             batch = Batch(self, file, layout, anything(layout), rearm=next(STAMPS))
             batch.run_by[client] = run
             await batch.look([client], waiting=False)
-            failures = await batch.catch()
+            failures = await batch.lay()
+            failures |= await batch.catch()
             failures |= await batch.step()
             await batch.lift()
             self._judge(file, [client], failures, strict=False)
@@ -487,6 +500,7 @@ class Enforcer:
         async with trio.open_nursery() as nursery:
             self._later = nursery
             nursery.start_soon(self.roster.watch, self._ended)
+            nursery.start_soon(self.tidy.run)
             task_status.started()
             while True:
                 await self._look.wait()
@@ -497,8 +511,9 @@ class Enforcer:
                     errno_of(error, "taking a census")
                 await trio.sleep(CENSUS_PAUSE)
 
-    def _ended(self, client: Client) -> None:
+    def _ended(self, _client: Client) -> None:
         """The client's process has ended; the roster forgets it."""
+        self.tidy.soon()
 
     async def _take_census(self, regions: Callable[[int], RegionFile | None]) -> None:
         await self.roster.survey(full=True)
@@ -514,6 +529,7 @@ class Enforcer:
                     await self.bring(file, new, layout_of(file.region, state), strict=False)
                 except Exception as error:  # noqa: BLE001 - listed; a change will try again
                     errno_of(error, f"adopting those who map {file.region.name}")
+        self.tidy.soon()
 
     async def admit(
         self,
@@ -529,7 +545,8 @@ class Enforcer:
         batch = Batch(self, file, self.rule(file), ())
         batch.windows[client] = [window]
         batch.run_by[client] = run
-        failures = await batch.catch()
+        failures = await batch.lay()
+        failures |= await batch.catch()
         failures |= await batch.step()
         if client in failures:
             raise failures[client]

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from msharefs.service.nodes import RegionFile
     from msharefs.service.notifications import Notifications
     from msharefs.service.options import MountOptions
+    from msharefs.service.placements import Placements
 
 
 class Enforcement:
@@ -49,6 +50,7 @@ class Enforcement:
         changes: Changes,
         notifications: Notifications,
         regions: Callable[[int], RegionFile | None],
+        placements: Placements,
         lsm: LsmGate | None,
     ) -> None:
         self._regions = regions
@@ -56,7 +58,8 @@ class Enforcement:
         self.lsm: Final = lsm
         Tracee.own_device = device
         self.tracer: Final = Tracer()
-        self.census: Final = Census(device)
+        self.placements: Final = placements
+        self.census: Final = Census(device, placements.placed)
         self.roster: Final = Roster(self.census)
         host = Accesses(notifications)
         self.faults: Final = Faults(host)
@@ -84,6 +87,7 @@ class Enforcement:
             huge=options.huge not in {None, "never"},
             tell=changes.tell,
             state=changes.state,
+            placements=placements,
             guard=_announced(lsm) if lsm is not None else None,
         )
         host.enforcer = self.enforcer

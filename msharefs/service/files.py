@@ -27,7 +27,7 @@ from msharefs.memory.backing import (
 from msharefs.region.errors import AccessHole, BadArgument, RegionError, Unsupported
 from msharefs.region.events import Event, EventKind
 from msharefs.service.errors import IsADirectory, WouldBlock
-from msharefs.service.handles import EventsHandle, RegionHandle, TextHandle
+from msharefs.service.handles import EventsHandle, PlacementHandle, RegionHandle, TextHandle
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -93,6 +93,8 @@ class Files:
             if self._hold is None or self._changes.leaves_alone(handle.file):
                 return plan
             return self._held(plan, self._hold(handle.file, handle.actor(opened.pid)))
+        if isinstance(handle, PlacementHandle):
+            return OpenPlan(backing_fd=handle.placement.fd, noflush=True)
         # Without a file position, a read that waits does not lock out others on the descriptor.
         return OpenPlan(stream=isinstance(handle, EventsHandle), noflush=True)
 

@@ -43,6 +43,9 @@ from msharefs.service.nodes import (
     INFO_INO,
     INFO_NAME,
     NAME_MAX,
+    OBJECTS_INO,
+    OBJECTS_NAME,
+    ROOT_INO,
     Directory,
     Namespace,
     Node,
@@ -60,10 +63,12 @@ if TYPE_CHECKING:
         StatvfsData,
     )
 
+    from msharefs.fuse.attributes import Attributes
     from msharefs.memory.store import Store
     from msharefs.service.changes import Changes
     from msharefs.service.holds import Holds
     from msharefs.service.naming import Opens
+    from msharefs.service.placements import Placement
 
 
 @guarded
@@ -105,6 +110,8 @@ class Filesystem(pyfuse3.Operations):
             special = self._control.in_root(name)
             if special is not None:
                 return self._control_attributes(special)
+            if name == OBJECTS_NAME and self._opens.placements is not None:
+                return _entry_of(self._opens.placement_attributes(None))
         return self._entry(self._names.lookup(directory, name))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
@@ -182,6 +189,8 @@ class Filesystem(pyfuse3.Operations):
         special = self._control.node(inode)
         if special is not None:
             return self._control_attributes(special)
+        if inode == OBJECTS_INO or self._placement(inode) is not None:
+            return _entry_of(self._opens.placement_attributes(self._placement(inode)))
         return self._attributes(self._names.node(inode))
 
     async def setattr(
@@ -230,6 +239,8 @@ class Filesystem(pyfuse3.Operations):
         if special is not None:
             entries = [(name, child.ino) for name, child in self._control.children(special)]
             parent = self._control.parent_ino(special)
+        elif inode == OBJECTS_INO:
+            entries, parent = [], ROOT_INO
         else:
             directory = self._names.directory(inode)
             entries = [(name, node.ino) for name, node in directory.entries.items()]
@@ -295,28 +306,26 @@ class Filesystem(pyfuse3.Operations):
 
     def _node(self, ino: int) -> Node:
         """A node that a user may change. Raises Reserved for those that the mount makes up."""
-        if self._control.node(ino) is not None:
+        if self._is_made_up(ino):
             raise Reserved("belongs to the mount")
         return self._names.node(ino)
 
     def _directory(self, ino: int) -> Directory:
-        if self._control.node(ino) is not None:
+        if self._is_made_up(ino):
             raise Reserved("belongs to the mount")
         return self._names.directory(ino)
 
+    def _is_made_up(self, ino: int) -> bool:
+        if ino == OBJECTS_INO or self._placement(ino) is not None:
+            return True
+        return self._control.node(ino) is not None
+
+    def _placement(self, ino: int) -> Placement | None:
+        placements = self._opens.placements
+        return None if placements is None else placements.get(ino)
+
     def _attributes(self, node: Node) -> EntryAttributes:
-        found = self._opens.attributes(node)
-        entry = EntryAttributes()
-        entry.st_ino = found.ino
-        entry.st_mode = found.mode
-        entry.st_nlink = found.nlink
-        entry.st_uid, entry.st_gid = found.uid, found.gid
-        entry.st_size, entry.st_blocks = found.size, found.blocks
-        entry.st_blksize = found.block_size
-        entry.st_atime_ns, entry.st_mtime_ns = found.atime_ns, found.mtime_ns
-        entry.st_ctime_ns = found.ctime_ns
-        entry.entry_timeout, entry.attr_timeout = found.name_holds_ns / 1e9, found.holds_ns / 1e9
-        return entry
+        return _entry_of(self._opens.attributes(node))
 
     def _entry(self, node: Node) -> EntryAttributes:
         """Attributes in a reply that gives the kernel one more reference to the node."""
@@ -359,6 +368,20 @@ class Filesystem(pyfuse3.Operations):
         # Such a node comes and goes with its owner, without the kernel knowing why.
         entry.entry_timeout = entry.attr_timeout = 0
         return entry
+
+
+def _entry_of(found: Attributes) -> EntryAttributes:
+    entry = EntryAttributes()
+    entry.st_ino = found.ino
+    entry.st_mode = found.mode
+    entry.st_nlink = found.nlink
+    entry.st_uid, entry.st_gid = found.uid, found.gid
+    entry.st_size, entry.st_blocks = found.size, found.blocks
+    entry.st_blksize = found.block_size
+    entry.st_atime_ns, entry.st_mtime_ns = found.atime_ns, found.mtime_ns
+    entry.st_ctime_ns = found.ctime_ns
+    entry.entry_timeout, entry.attr_timeout = found.name_holds_ns / 1e9, found.holds_ns / 1e9
+    return entry
 
 
 def _file_info(number: int) -> FileInfo:

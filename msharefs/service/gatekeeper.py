@@ -7,7 +7,9 @@ the thread stops right after the mapping was made and before its program knows o
 made a replica of the region's table, and the thread is let go.
 
 What becomes of one that cannot be adopted is the mount's policy: ``enforce=strict`` refuses the
-open() or mmap() (EPERM), ``enforce=best`` lets it in and lists it as unenforced.
+open() or mmap() (EPERM), ``enforce=best`` lets it in and lists it as unenforced. Into a region that
+shows a file nobody is let in who does not obey, for he would see memory where the file belongs: if
+that comes out when the mapping is made already, it is unmapped again and mmap() fails.
 
 When it dies: the opener, at any step: nothing is left of it. The server: the kernel lets go of
 everybody, mmap() goes on unsupervised.
@@ -25,6 +27,7 @@ from msharefs.clients.arch import ADDRESS_END
 from msharefs.clients.gone import Gone
 from msharefs.clients.holding import Limits
 from msharefs.clients.identity import hindrance, identify
+from msharefs.clients.lay import unmapping
 from msharefs.clients.placing import asked_mmap, moving, taken
 from msharefs.clients.procmap import MappedRange
 from msharefs.region.errors import BadArgument, NoRoom, NotAdoptable, PrivateMapping, RegionError
@@ -105,7 +108,7 @@ class Gatekeeper:
         except Gone:
             return None
         except NotAdoptable as error:
-            if self._enforcer.strict:
+            if self._enforcer.strict or file.region.table.files:
                 self._changes.refuse(file, actor, via, "EPERM", str(error))
                 raise
             self._tell_unenforced(file, actor, via, error)
@@ -228,6 +231,9 @@ class Gatekeeper:
         except Exception as error:  # noqa: BLE001 - listed; a change will try again
             if not isinstance(error, RegionError | OSError):
                 errno_of(error, f"adopting process {actor.pid}")
+            if file.region.table.files:
+                await self._take_back(held, file, actor, window, error)
+                return
             enforcer.unenforced(file, client, error)
         else:
             where = (("address", f"{window.start:#x}"), ("prot", prot.text()))
@@ -244,6 +250,23 @@ class Gatekeeper:
                     where,
                 ),
             )
+
+    async def _take_back(
+        self, held: Held, file: RegionFile, actor: Actor, window: MappedRange, error: Exception
+    ) -> None:
+        """The mapping that was just made goes again, and its mmap() fails."""
+        code = errno_of(error, f"mmap of {file.region.name}")
+        self._changes.refuse(file, actor, "mmap", errno_name(code), str(error))
+        try:
+            await held.run(unmapping(window.start, window.end - window.start))
+        except (NotAdoptable, OSError) as failure:
+            log.warning("process %d keeps a mapping that does not obey: %s", actor.pid, failure)
+            client = self._enforcer.roster.of_pid(actor.pid)
+            if client is not None:
+                self._enforcer.unenforced(file, client, error)
+            return
+        held.replace(window.start, -code)
+        self._enforcer.look_around()
 
 
 # -- where a region lies, on mounts that have a say in it

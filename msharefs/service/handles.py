@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from msharefs.region.events import Actor
     from msharefs.service.eventlog import Reader
     from msharefs.service.nodes import RegionFile
+    from msharefs.service.placements import Placement
 
 ACTORS_REMEMBERED: Final = 64
 """Threads per descriptor. A pool larger than that pays for a look into /proc now and then."""
@@ -95,7 +96,14 @@ class DirectoryHandle:
     entries: list[tuple[bytes, int]]
 
 
-Handle = RegionHandle | EventsHandle | TextHandle | DirectoryHandle
+@attrs.define(eq=False)
+class PlacementHandle:
+    """A descriptor of a file in ``.objects/``, there to be mapped and for nothing else."""
+
+    placement: Placement
+
+
+Handle = RegionHandle | EventsHandle | TextHandle | DirectoryHandle | PlacementHandle
 
 
 class Handles:

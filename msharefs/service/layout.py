@@ -31,6 +31,10 @@ class Layout:
     plain: list[Demand]
     served: list[Demand]
 
+    @property
+    def shows_files(self) -> bool:
+        return any(demand.source for demand in self.plain)
+
 
 @attrs.frozen
 class After:
@@ -61,7 +65,7 @@ def layout_of(
     if ranges:
         pieces = changed(pieces, ranges)
     if end > limit:
-        pieces.append((max(start, limit), end, region.semantics.beyond or None))
+        pieces.append((max(start, limit), end, region.semantics.beyond or None, None))
     watches = state.watches if after is None else after.watches
     watched = [(w.start, w.end, w.asks) for w in watches.within(start, end)]
     faulting = state.by_fault if after is None else after.by_fault

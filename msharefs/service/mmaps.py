@@ -13,6 +13,7 @@ Leaves out: files of the mount that are no regions; they may be mapped as their 
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import pyfuse3
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from msharefs.fuse.wire import GetxattrRequest
     from msharefs.service.changes import Changes
     from msharefs.service.nodes import Namespace, RegionFile
+    from msharefs.service.placements import Placements
 
     Admit: TypeAlias = Callable[[RegionFile, int, Prot], Awaitable[None] | None]
     """(region, id of the calling thread, protection of the mapping): raises to refuse it."""
@@ -57,11 +59,13 @@ class Mmaps:
         changes: Changes,
         question: Callable[[bytes], Mmap | None],
         admit: Admit = admit_all,
+        placements: Placements | None = None,
     ) -> None:
         self._namespace = namespace
         self._changes = changes
         self._question = question
         self._admit = admit
+        self._placements = placements
 
     def getxattr(self, request: GetxattrRequest) -> bytes | Awaitable[bytes]:
         """The handler. Raises NoSuchAttribute, or the verdict as FUSEError."""
@@ -70,7 +74,7 @@ class Mmaps:
             raise NoSuchAttribute(repr(request.name))
         file = self._namespace.find_region(request.nodeid)
         if file is None:
-            return GO_ON
+            return self._judge_placement(request)
         try:
             if asked.private and file.region.semantics.private:
                 return GO_ON
@@ -81,6 +85,15 @@ class Mmaps:
         except Exception as error:
             raise self._refusal(file, request.pid, error) from error
         return GO_ON if waiting is None else self._finish(file, request.pid, waiting)
+
+    def _judge_placement(self, request: GetxattrRequest) -> bytes:
+        """What lies in ``.objects/`` is mapped by those who are made to, and by nobody else."""
+        placements = self._placements
+        if placements is None or placements.get(request.nodeid) is None:
+            return GO_ON
+        if placements.may_map(request.pid, request.nodeid):
+            return GO_ON
+        raise pyfuse3.FUSEError(spell(errno.EACCES))
 
     async def _finish(self, file: RegionFile, tid: int, waiting: Awaitable[None]) -> bytes:
         with trio.CancelScope(shield=True):

@@ -58,6 +58,8 @@ class Move:
         self.clients = clients
         self._surveyed = surveyed
         self._gives = gives and self.between == old
+        # Nobody must see memory where a file belongs, whatever the mount's policy.
+        self._strict = True if old.shows_files or new.shows_files else None
         self._seen = True
         """What has just been seen of the clients is still true."""
 
@@ -138,8 +140,12 @@ class Move:
         if fresh:  # nobody has brought these to what is the rule elsewhere in the region
             clients = [client for client in clients if client not in set(fresh)]
             whole = put(layout_of(file.region, enforcer.state(file)), layout)
-            touched = await enforcer.bring(file, fresh, whole, rearm=rearm, seen=seen)
-        touched |= await enforcer.bring(file, clients, layout, before, rearm=rearm, seen=seen)
+            touched = await enforcer.bring(
+                file, fresh, whole, rearm=rearm, seen=seen, strict=self._strict
+            )
+        touched |= await enforcer.bring(
+            file, clients, layout, before, rearm=rearm, seen=seen, strict=self._strict
+        )
         return touched
 
 

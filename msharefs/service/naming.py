@@ -27,8 +27,9 @@ from msharefs.fuse.handlers import FORWARD, Forward
 from msharefs.region.errors import RegionError
 from msharefs.region.events import NOBODY, Actor, Event, EventKind
 from msharefs.service.errors import NotADirectory, Reserved
-from msharefs.service.handles import EventsHandle, RegionHandle, access_of
-from msharefs.service.nodes import RESERVED_NAMES, Directory, RegionFile
+from msharefs.service.handles import EventsHandle, PlacementHandle, RegionHandle, access_of
+from msharefs.service.nodes import OBJECTS_INO, RESERVED_NAMES, Directory, RegionFile
+from msharefs.service.placements import DIRECTORY_MODE, MODE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from msharefs.service.handles import Handles
     from msharefs.service.holds import Holds
     from msharefs.service.nodes import Namespace, Node
+    from msharefs.service.placements import Placement, Placements
 
 FOR_EVER: Final = 86_400 * 10**9
 """Nanoseconds that the kernel may keep a name, or a directory's attributes."""
@@ -53,6 +55,8 @@ class Opens:
     _handles: Handles
     _changes: Changes
     _holds: Holds
+    placements: Placements | None = None
+    """The files of ``.objects/``; None on a mount that shows nobody a file."""
 
     def open(self, file: RegionFile, flags: int, tid: int, *, created: bool = False) -> int:
         """A new handle's number. Raises ModeTooNarrow."""
@@ -78,6 +82,8 @@ class Opens:
         if isinstance(handle, EventsHandle):
             handle.disarm()
             self._holds.closed(handle.file)
+        elif isinstance(handle, PlacementHandle) and self.placements is not None:
+            self.placements.closed(handle.placement)
         elif isinstance(handle, RegionHandle):
             handle.file.region.closed(handle.access)
             self._changes.look_around(handle.file)
@@ -90,6 +96,31 @@ class Opens:
         """Tell of a name that has gone, then let go of the region if that was its last user."""
         self._changes.tell(file, Event(EventKind.UNLINK, path, actor_of(tid), via))
         self._names.drop_if_dead(file)
+
+    def open_placement(self, placement: Placement, flags: int, tid: int) -> int:
+        """A new handle's number. Raises ObjectAccess for everybody who is not made to do that."""
+        assert self.placements is not None, "whose placement it is"
+        self.placements.opened(placement, flags, tid)
+        return self._handles.add(PlacementHandle(placement))
+
+    def placement_attributes(self, placement: Placement | None) -> Attributes:
+        """Of a file in ``.objects/``, or of the directory itself."""
+        root = self._names.root
+        return Attributes(
+            OBJECTS_INO if placement is None else placement.ino,
+            DIRECTORY_MODE if placement is None else MODE,
+            2 if placement is None else 1,
+            root.uid,
+            root.gid,
+            0,
+            0,
+            PAGE_SIZE,
+            root.ctime_ns,
+            root.ctime_ns,
+            root.ctime_ns,
+            FOR_EVER if placement is None else 0,
+            FOR_EVER,
+        )
 
     def attributes(self, node: Node) -> Attributes:
         """Of a node that is not made up, as of now."""
@@ -125,6 +156,9 @@ class Naming:
     _opens: Opens
 
     def lookup(self, request: NameRequest) -> Attributes | Forward:
+        placements = self._opens.placements
+        if request.nodeid == OBJECTS_INO and placements is not None:
+            return self._opens.placement_attributes(placements.lookup(request.name))
         directory, name = self._names.find(request.nodeid), request.name
         if directory is self._names.root and name in RESERVED_NAMES:
             return FORWARD
@@ -145,6 +179,10 @@ class Naming:
         return self._entry(file), number
 
     def open(self, request: OpenRequest) -> int | Forward:
+        placements = self._opens.placements
+        placement = None if placements is None else placements.get(request.nodeid)
+        if placement is not None:
+            return self._opens.open_placement(placement, request.flags, request.pid)
         file = self._names.find_region(request.nodeid)
         if file is None or request.flags & os.O_TRUNC:  # cutting it short has to wait
             return FORWARD
@@ -162,6 +200,8 @@ class Naming:
     def forget(self, lookups: Sequence[tuple[int, int]]) -> None:
         for ino, count in lookups:
             self._names.forget(ino, count)
+            if self._opens.placements is not None:
+                self._opens.placements.forget(ino, count)
 
     def _directory(self, ino: int) -> Directory:
         found = self._names.find(ino)

@@ -4,7 +4,7 @@ For: who is called what, and when a node has really gone. A node is dropped once
 no open descriptor and no reference of the kernel's (lookup count); its memory goes with it.
 
 Inode numbers: 1 is the root, 2 ``mshare_info`` (as in the kernel series), 3 and 4 ``.control``
-and its ``events``. Other nodes get multiples of 8, so that each has numbers for its own control
+and its ``events``, 5 ``.objects`` (``service/placements.py``). Other nodes get multiples of 8, so that each has numbers for its own control
 directory and files (``service/control.py``) without any table of them.
 
 Leaves out: permissions (the kernel checks them), what lies inside a region.
@@ -42,13 +42,15 @@ ROOT_INO: Final = 1
 INFO_INO: Final = 2
 CONTROL_INO: Final = 3
 CONTROL_EVENTS_INO: Final = 4
+OBJECTS_INO: Final = 5
 INO_STEP: Final = 8
 FIRST_INO: Final = 16
 
 NAME_MAX: Final = 255
 INFO_NAME: Final = b"mshare_info"
 CONTROL_NAME: Final = b".control"
-RESERVED_NAMES: Final = frozenset({INFO_NAME, CONTROL_NAME, b".objects", b"events"})
+OBJECTS_NAME: Final = b".objects"
+RESERVED_NAMES: Final = frozenset({INFO_NAME, CONTROL_NAME, OBJECTS_NAME, b"events"})
 """Names in the root directory that no user may make or remove. ``events`` is among them because
 ``.control/events`` is the mount's own stream."""
 
@@ -225,7 +227,7 @@ class Namespace:
     ) -> RegionFile:
         """A new, unsized region. ``mode`` is taken as the kernel has masked it."""
         self._check_new_name(directory, name)
-        ino = self._new_ino()
+        ino = self.new_ino()
         label = name.decode(errors="backslashreplace")
         made = RegionFile(
             ino,
@@ -255,7 +257,7 @@ class Namespace:
             raise Reserved("only regions and directories live here")
         self._check_new_name(directory, name)
         gid = _inherited_gid(directory, gid)
-        made = Special(self._new_ino(), mode, uid, gid, target=target)
+        made = Special(self.new_ino(), mode, uid, gid, target=target)
         self._add(directory, name, made)
         return made
 
@@ -266,7 +268,7 @@ class Namespace:
         mode = stat.S_IMODE(mode)
         if directory.mode & stat.S_ISGID:
             mode |= stat.S_ISGID
-        made = Directory(self._new_ino(), stat.S_IFDIR | mode, uid, _inherited_gid(directory, gid))
+        made = Directory(self.new_ino(), stat.S_IFDIR | mode, uid, _inherited_gid(directory, gid))
         self._add(directory, name, made)
         return made
 
@@ -384,7 +386,8 @@ class Namespace:
 
     # -- helpers
 
-    def _new_ino(self) -> int:
+    def new_ino(self) -> int:
+        """An inode number that no node had or will have."""
         ino = self._next_ino
         self._next_ino += INO_STEP
         return ino

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from msharefs.abi import PAGE_SIZE, Prot
 from msharefs.clients.procmap import MappedRange
-from msharefs.clients.replica import Comparison, is_replica, steps
+from msharefs.clients.replica import Comparison, Map, is_replica, steps
+from msharefs.clients.shown import Shown, source_of
 from msharefs.region.demand import Demand, both
 
 PROTS = (Prot.NONE, Prot.READ, Prot.READ | Prot.WRITE, Prot.READ | Prot.EXEC)
@@ -17,6 +18,8 @@ REGION = 20
 """Pages of the region that windows show."""
 
 prots = st.sampled_from(PROTS)
+sources = st.sampled_from((None, None, None, (1, 0), (1, -8 * PAGE_SIZE), (2, 0)))
+"""Memory; a file in one place and in another; another file."""
 
 
 @st.composite
@@ -28,7 +31,8 @@ def address_spaces(draw) -> list[MappedRange]:
         at += draw(st.integers(0, 2))
         size = draw(st.integers(1, 6))
         first = draw(st.integers(0, REGION))
-        windows.append(window(at, size, first, draw(prots), shared=draw(st.booleans())))
+        shared, source = draw(st.booleans()), draw(sources)
+        windows.append(window(at, size, first, draw(prots), shared=shared, source=source))
         at += size
     return draw(st.permutations(windows))
 
@@ -41,32 +45,36 @@ def demand_lists(draw) -> list[Demand]:
     while at < REGION + 4 and draw(st.integers(0, 7)):
         at += draw(st.sampled_from([0, 0, 0, 1, 3]))
         end = at + draw(st.integers(1, 8))
-        demands.append(demand(at, end, draw(prots)))
+        demands.append(demand(at, end, draw(prots), draw(sources)))
         at = end
     return demands
 
 
-def window(page, pages, first, prot, *, shared=True) -> MappedRange:
+def window(page, pages, first, prot, *, shared=True, source=None) -> MappedRange:
     start = page * PAGE_SIZE
-    return MappedRange(1, start, start + pages * PAGE_SIZE, prot, shared, first * PAGE_SIZE, 7)
+    shown = None if source is None else Shown(7, source, source[1], writable=True)
+    end, offset = start + pages * PAGE_SIZE, first * PAGE_SIZE
+    return MappedRange(1, start, end, prot, shared, offset, 7, shown)
 
 
-def demand(start, end, prot) -> Demand:
-    return Demand(start * PAGE_SIZE, end * PAGE_SIZE, prot)
+def demand(start, end, prot, source=None) -> Demand:
+    return Demand(start * PAGE_SIZE, end * PAGE_SIZE, prot, source=source)
 
 
-def pages_of(windows) -> dict[int, tuple[int, Prot]]:
-    """Address page -> page of the region, protection."""
+def pages_of(windows) -> dict[int, tuple[int, Prot, object]]:
+    """Address page -> page of the region, protection, what is shown."""
     return {
-        (w.start + step) // PAGE_SIZE: ((w.offset + step) // PAGE_SIZE, w.prot)
+        (w.start + step) // PAGE_SIZE: ((w.offset + step) // PAGE_SIZE, w.prot, source_of(w))
         for w in windows
         for step in range(0, w.end - w.start, PAGE_SIZE)
     }
 
 
-def wanted_of(demands) -> dict[int, Prot]:
+def wanted_of(demands) -> dict[int, tuple[Prot, object]]:
     return {
-        page: d.prot for d in demands for page in range(d.start // PAGE_SIZE, d.end // PAGE_SIZE)
+        page: (d.prot, d.source)
+        for d in demands
+        for page in range(d.start // PAGE_SIZE, d.end // PAGE_SIZE)
     }
 
 
@@ -77,27 +85,41 @@ def after(windows, calls) -> list[MappedRange]:
         first, count = call.address // PAGE_SIZE, call.size // PAGE_SIZE
         for page in range(first, first + count):
             assert page in pages, "mprotect() fails with ENOMEM where nothing is mapped"
-            pages[page] = (pages[page][0], call.prot)
-    return [window(page, 1, shows, prot) for page, (shows, prot) in pages.items()]
+            shows, _, source = pages[page]
+            if isinstance(call, Map):
+                assert shows == call.offset // PAGE_SIZE + page - first
+                assert source != call.source, "nothing is laid where it lies already"
+                source = call.source
+            pages[page] = (shows, call.prot, source)
+    return [
+        window(page, 1, shows, prot, source=source) for page, (shows, prot, source) in pages.items()
+    ]
 
 
 def fewest(windows, demands) -> int:
     """How many calls it takes if each page is set at most once: runs of pages, page by page.
 
-    A run may go over pages that have the protection already, if they are to keep it.
+    A run may go over pages that have the protection already, if they are to keep it. Nothing is
+    laid over the end of a window, nor over two demands at once.
     """
     pages, wanted = pages_of(windows), wanted_of(demands)
+    edges = {(w.start // PAGE_SIZE) for w in windows}
+    begins = {d.start // PAGE_SIZE for d in demands}
     calls, running = 0, None
     last = None
+    laying = False
     for page in sorted(pages):
-        shows, has = pages[page]
-        to_be = wanted.get(shows)
-        if page - 1 != last or to_be is None or to_be != running:
+        shows, has, source = pages[page]
+        to_be, to_show = wanted.get(shows, (None, None))
+        lay = to_be is not None and to_show != source
+        if page - 1 != last or to_be is None or to_be != running or lay:
             running = None
-        last = page
-        if to_be is not None and has != to_be and running is None:
+        if lay:
+            calls += not laying or page - 1 != last or page in edges or shows in begins
+        elif to_be is not None and has != to_be and running is None:
             calls += 1
             running = to_be
+        last, laying = page, lay
     return calls
 
 
@@ -113,18 +135,18 @@ def test_every_page_gets_what_is_demanded_and_no_other_is_touched(windows, deman
     assert touched == sorted(set(touched)), "lowest first, each page at most once"
     assert all(wanted.get(pages[page][0]) is not None for page in touched)
     result = after(windows, calls)
-    for shows, prot in pages_of(result).values():
+    for shows, prot, source in pages_of(result).values():
         if shows in wanted:
-            assert prot == wanted[shows]
-    for page, (shows, has) in pages.items():
-        if shows not in wanted:
-            assert pages_of(result)[page] == (shows, has)
+            assert (prot, source) == wanted[shows]
+    for page, was in pages.items():
+        if was[0] not in wanted:
+            assert pages_of(result)[page] == was
     assert steps(result, demands) == []
     assert is_replica(result, demands)
     assert is_replica(windows, demands) == (not calls)
     for call in calls:
         first, count = call.address // PAGE_SIZE, call.size // PAGE_SIZE
-        for edge in (first, first + count - 1):
+        for edge in () if isinstance(call, Map) else (first, first + count - 1):
             assert pages[edge][1] != call.prot, "no longer at its ends than it has to be"
 
 
@@ -135,7 +157,7 @@ def test_they_are_the_fewest_calls(windows, demands):
 
 @given(address_spaces(), demand_lists(), prots)
 def test_rights_left_out(windows, demands, within):
-    narrower = [Demand(d.start, d.end, d.prot & within) for d in demands]
+    narrower = [Demand(d.start, d.end, d.prot & within, source=d.source) for d in demands]
     assert steps(windows, demands, within=within) == steps(windows, narrower)
 
 
@@ -156,6 +178,7 @@ def test_many_processes_are_compared_as_each_alone(processes, demands):
                 w.shared,
                 w.offset,
                 w.inode,
+                w.shown,
             )
             for w in windows
         ]
@@ -167,17 +190,20 @@ def test_on_the_way_nobody_has_a_right_that_both_tables_do_not_give(windows, dat
     edges = [0, *sorted(data.draw(st.sets(st.integers(1, REGION + 8), max_size=6))), REGION + 10]
 
     def table() -> list[Demand]:
-        return [demand(low, high, data.draw(prots)) for low, high in pairwise(edges)]
+        return [
+            demand(low, high, data.draw(prots), data.draw(sources)) for low, high in pairwise(edges)
+        ]
 
     old, new = table(), table()
     obeying = after(windows, steps(windows, old))
     between = after(obeying, steps(obeying, both(old, new)))
     final = after(between, steps(between, new))
     was, will = wanted_of(old), wanted_of(new)
-    for shows, prot in pages_of(between).values():
-        assert prot == was[shows] & will[shows]
-    for shows, prot in pages_of(final).values():
-        assert prot == will[shows]
+    for shows, prot, source in pages_of(between).values():
+        assert prot == was[shows][0] & will[shows][0]
+        assert not prot or source == will[shows][1], "what will be dropped is shown to nobody"
+    for shows, prot, source in pages_of(final).values():
+        assert (prot, source) == will[shows]
 
 
 def test_a_plain_region_leaves_its_clients_alone():
@@ -218,3 +244,15 @@ def test_layouts_that_never_come_again_are_not_hoarded():
     for pages in range(1, 200):
         assert len(comparison.steps([window(0, pages, 0, PROTS[2])])) == 1
     assert len(comparison._known) <= 64
+
+
+def test_a_file_is_laid_where_memory_was_and_memory_where_a_file_was():
+    file = (3, 2 * PAGE_SIZE)
+    windows = [window(10, 8, 0, PROTS[2])]
+    demands = [demand(0, 2, PROTS[2]), demand(2, 5, PROTS[1], file), demand(5, 8, PROTS[2])]
+    (call,) = steps(windows, demands)
+    assert call == Map(12 * PAGE_SIZE, 3 * PAGE_SIZE, PROTS[1], file, 2 * PAGE_SIZE)
+    laid = after(windows, [call])
+    calls = steps(laid, [demand(0, 8, PROTS[2])])
+    assert {(c.prot, c.source) for c in calls} == {(PROTS[2], None)}
+    assert not is_replica(laid, [demand(0, 8, PROTS[1])])

@@ -7,9 +7,9 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msharefs.abi import PAGE_SIZE, NotifyEvent, Prot
-from msharefs.region.demand import Caught, both, changed, cover, demands, serve
-from msharefs.region.mapping import Mapping
+from msharefs.abi import PAGE_SIZE, Kind, NotifyEvent, Prot
+from msharefs.region.demand import Caught, Demand, both, changed, cover, demands, serve
+from msharefs.region.mapping import Mapping, ObjectRef
 from msharefs.region.spans import SpanSet
 from msharefs.region.table import MappingTable
 
@@ -139,3 +139,68 @@ def test_what_will_be_is_what_is_after_the_change(prots, target, prot, window):
     planned = demands(changed(cover(table, low, high), change.ranges))
     table.apply(change)
     assert planned == demands(cover(table, low, high))
+
+
+page_sources = st.lists(
+    st.one_of(st.none(), st.tuples(st.integers(1, 2), st.integers(0, 30))),
+    min_size=PAGES,
+    max_size=PAGES,
+)
+
+
+def files_of(prots, sources):
+    """A table in which page p shows its own memory, or that page of a file."""
+    table = table_of(prots)
+    for page, (prot, source) in enumerate(zip(prots, sources, strict=True)):
+        if prot is not None and source is not None:
+            ref = ObjectRef(Kind.FILE, source[0], 1, 2, source[0])
+            start = page * PAGE_SIZE
+            mapping = Mapping(start, start + PAGE_SIZE, prot, ref, source[1] * PAGE_SIZE)
+            table.apply(table.plan_map(mapping))
+    return table
+
+
+def source_at(demands_, page):
+    return next(d.source for d in demands_ if d.start <= page * PAGE_SIZE < d.end)
+
+
+@given(page_prots, page_sources)
+def test_each_page_shows_what_lies_there(prots, sources):
+    got = demands(cover(files_of(prots, sources), 0, PAGES * PAGE_SIZE))
+    for page, (prot, source) in enumerate(zip(prots, sources, strict=True)):
+        shown = source_at(got, page)
+        if prot is None or source is None:
+            assert shown is None
+        else:
+            assert shown == (source[0], (page - source[1]) * PAGE_SIZE)
+    for one, other in pairwise(got):
+        assert (one.prot, one.caught, one.source) != (other.prot, other.caught, other.source)
+
+
+@given(page_prots, page_sources, page_prots, page_sources)
+def test_on_the_way_the_new_is_shown_but_over_what_nobody_saw(
+    old_prots, old_sources, new_prots, new_sources
+):
+    size = PAGES * PAGE_SIZE
+    old = demands(cover(files_of(old_prots, old_sources), 0, size))
+    new = demands(cover(files_of(new_prots, new_sources), 0, size))
+    met = both(old, new)
+    for page in range(PAGES):
+        seen_before = bool(old_prots[page])
+        assert source_at(met, page) == source_at(new if seen_before else old, page)
+    unseen = [Demand(0, size, Prot.NONE)]
+    assert {demand.source for demand in both(unseen, new)} == {None}
+    assert both(new, new) == new
+
+
+@given(page_prots, page_sources, ranges, st.integers(0, 30))
+def test_a_planned_file_is_shown_as_it_will_be(prots, sources, target, first):
+    table = files_of(prots, sources)
+    start, end = (page * PAGE_SIZE for page in target)
+    if start == end:
+        return
+    ref = ObjectRef(Kind.FILE, 9, 1, 2, 9)
+    change = table.plan_map(Mapping(start, end, Prot.READ, ref, first * PAGE_SIZE))
+    planned = demands(changed(cover(table, 0, PAGES * PAGE_SIZE), change.ranges))
+    table.apply(change)
+    assert planned == demands(cover(table, 0, PAGES * PAGE_SIZE))

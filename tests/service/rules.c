@@ -331,12 +331,13 @@ static void names(int fd, const char *root)
 		is("rename reserved", R(rename(at(root, reserved[i]), to)), -EPERM);
 	is("unlink mshare_info", R(unlink(at(root, "mshare_info"))), -EPERM);
 	is("rmdir .control", R(rmdir(at(root, ".control"))), -EPERM);
-	is("create .objects", R(open(at(root, ".objects"), O_CREAT | O_RDWR, 0600)), -EPERM);
+	ioctl(fd, MSHAREFS_INFO, &info);
+	is("create .objects", R(open(at(root, ".objects"), O_CREAT | O_RDWR, 0600)),
+	   info.features & MSHAREFS_FEATURE_FILE_OBJECTS ? -EISDIR : -EPERM);
 	is("mkdir in .control", R(mkdir(at(root, ".control/x"), 0700)), -EPERM);
 	is("symlink", R(symlink("r", to)), -EPERM);
 	is("fifo", R(mkfifo(to, 0600)), -EPERM);
 	is("setxattr", R(fsetxattr(fd, "user.a", "b", 1, 0)), -EOPNOTSUPP);
-	ioctl(fd, MSHAREFS_INFO, &info);
 	is("getxattr", R(fgetxattr(fd, "user.a", to, 1)),
 	   info.gate == MSHAREFS_GATE_LSM ? -ENODATA : -EOPNOTSUPP); /* the lsm gate asks by them */
 	is("punch", R(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, PAGE)), -EOPNOTSUPP);
