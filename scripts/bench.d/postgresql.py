@@ -1,8 +1,9 @@
 """PostgreSQL with its dynamic shared memory on an automap mount, against the same on /dev/shm.
 
-Clusters that differ in nothing but where ``pg_dynshmem`` lies take turns: on a mount with
-the options that docs/automap.md advises (``io=native,private=allow``), on one with none, and on
-tmpfs. The server fills that memory by write(), and opens it in each worker, so the two mounts
+One cluster takes turns: it is restarted with ``pg_dynshmem`` on tmpfs, and on mounts with the
+options that docs/automap.md advises (``io=native,private=allow``), with huge pages beside them, and
+with none. (Clusters side by side differ by more than that, through where their memory happens to
+lie.) PostgreSQL fills its shared memory by write(), and opens it in each worker, so the mounts
 differ in what a new piece of it costs.
 """
 
@@ -29,8 +30,13 @@ KINDS: Final = {
     "parallel": "parallel hash join",
     "count": "parallel count",
 }
-SIDES: Final = ("native", "checked", "tmpfs")
-OPTIONS: Final = {"native": "automap,io=native,private=allow", "checked": "automap"}
+OPTIONS: Final = {
+    "native": "automap,io=native,private=allow",
+    "huge": "automap,io=native,private=allow,huge=within_size",
+    "checked": "automap",
+}
+MOUNTS: Final = tuple(OPTIONS)
+SIDES: Final = (*MOUNTS, "tmpfs")
 PARALLEL: Final = (
     "select count(*), sum(a.abalance + b.bid)"
     " from pgbench_accounts a join pgbench_accounts b using (aid);\n"
@@ -64,18 +70,19 @@ def measure(
         shm = tempfile.TemporaryDirectory(prefix="msharefs-bench.", dir="/dev/shm")
         dynamic = {"tmpfs": Path(stack.enter_context(shm))}
         dynamic["tmpfs"].chmod(0o711)
-        for side in SIDES[:2]:
-            mount = msharefs_mount(place / side, OPTIONS[side])
+        for side, options in OPTIONS.items():
+            mount = msharefs_mount(place / side, options)
             dynamic[side] = stack.enter_context(mount).directory
-        clusters = {
-            side: stack.enter_context(_cluster(place / f"data-{side}", dynamic[side], scale))
-            for side in SIDES
-        }
+        cluster = stack.enter_context(_cluster(place / "data", dynamic, scale))
         for number in range(rounds):
             turn = number % len(SIDES)
-            order = SIDES[turn:] + SIDES[:turn]
+            rates: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
+            for side in SIDES[turn:] + SIDES[:turn]:
+                _move(cluster, dynamic[side])
+                for kind, found_there in rates.items():
+                    found_there[side] = _rate(cluster, kind, seconds)
             for kind, results in found.items():
-                results.append({side: _rate(clusters[side], kind, seconds) for side in order})
+                results.append(rates[kind])
                 advance(1)
     return [_row(kind, results) for kind, results in found.items()]
 
@@ -83,7 +90,7 @@ def measure(
 def _row(kind: str, results: list[dict[str, float]]) -> QueryRow:
     rates = {side: Spread.of(result[side] for result in results) for side in SIDES}
     ratios = {
-        side: Spread.of(result[side] / result["tmpfs"] for result in results) for side in SIDES[:2]
+        side: Spread.of(result[side] / result["tmpfs"] for result in results) for side in MOUNTS
     }
     return QueryRow(kind, rates, ratios)
 
@@ -106,19 +113,29 @@ def _rate(cluster: Cluster, kind: str, seconds: int) -> float:
 
 
 @contextmanager
-def _cluster(data: Path, dynamic: Path, scale: int) -> Iterator[Cluster]:
+def _cluster(data: Path, dynamic: dict[str, Path], scale: int) -> Iterator[Cluster]:
     cluster = Cluster(data, _tool)
     try:
         cluster.make(shared_buffers="256MB")
-        cluster.move_dynamic_memory(dynamic / "dynshmem")
+        for place in dynamic.values():
+            cluster.move_dynamic_memory(place / "dynshmem")
         cluster.start()
         cluster.pgbench("-i", "-q", "-s", str(scale))
-        cluster.ask("select count(*) from pgbench_accounts")
         yield cluster
     except AssertionError as error:
         raise BenchError(str(error)) from None
     finally:
         cluster.stop()
+
+
+def _move(cluster: Cluster, dynamic: Path) -> None:
+    """Go on with the dynamic memory elsewhere, and everything that is asked for in memory."""
+    cluster.stop()
+    link = cluster.data / "pg_dynshmem"
+    link.unlink()
+    link.symlink_to(dynamic / "dynshmem")
+    cluster.start()
+    cluster.ask("select count(*), sum(abalance) from pgbench_accounts")
 
 
 def _tool(name: str) -> str:

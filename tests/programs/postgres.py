@@ -60,7 +60,10 @@ class Cluster:
         place.mkdir(mode=0o700)
         os.chown(place, owner.pw_uid, owner.pw_gid)
         inside = self.data / "pg_dynshmem"
-        shutil.rmtree(inside)
+        if inside.is_symlink():
+            inside.unlink()
+        else:
+            shutil.rmtree(inside)
         inside.symlink_to(place)
 
     def start(self) -> None:
