@@ -5,6 +5,7 @@
  *   protect FD OFFSET SIZE PROT    notify FD OFFSET SIZE EVENTS MODE ON_TIMEOUT the ioctls
  *   get OFFSET              read(2) of /dev/zero into the region: what it returns
  *   unmap OFFSET SIZE       munmap(2) of that part   close FD
+ *   sync OFFSET SIZE        msync(2) of that part
  *   filter                  a seccomp filter that lets everything pass
  *   chroot PATH             what is open stays open
  *   user ID                 setgroups, setgid, setuid
@@ -158,6 +159,8 @@ static int obey(void)
             done(ioctl((int)a, MSHAREFS_NOTIFY, &args));
         } else if (sscanf(line, "unmap %ld %ld", &a, &b) == 2)
             done(munmap(memory + a, (size_t)b));
+        else if (sscanf(line, "sync %ld %ld", &a, &b) == 2)
+            done(msync(memory + a, (size_t)b, MS_SYNC));
         else if (sscanf(line, "close %ld", &a) == 1)
             done(close((int)a));
         else if (sscanf(line, "user %ld", &a) == 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -216,3 +217,69 @@ def slow(tmp_path) -> Iterator[SlowFs]:
         for stream in (process.stdin, process.stdout):
             assert stream is not None
             stream.close()
+
+
+SIZES = {"ext4": 32 * MIB, "btrfs": 128 * MIB, "xfs": 320 * MIB}
+
+
+@contextlib.contextmanager
+def overlay(tmp_path):
+    """The file is in the lower layer until it is opened for writing."""
+    for name in ("lower", "upper", "work"):
+        (tmp_path / "layers" / name).mkdir(parents=True)
+    (tmp_path / "layers/lower/object").write_bytes(b"lower" * PAGE)
+    layers = tmp_path / "layers"
+    options = f"lowerdir={layers}/lower,upperdir={layers}/upper,workdir={layers}/work"
+    with mounted(tmp_path / "merged", "-t", "overlay", "-o", options, "overlay") as place:
+        yield place
+
+
+@pytest.fixture(params=["ext4", "btrfs", "xfs", "tmpfs", "overlay"])
+def place(request, tmp_path):
+    """A directory on that filesystem; that it can be unmounted is a part of the test."""
+    if request.param in SIZES:
+        with on_loop(tmp_path, request.param, SIZES[request.param]) as made:
+            yield made
+    elif request.param == "tmpfs":
+        with mounted(tmp_path / "tmpfs", "-t", "tmpfs", "-o", "size=16M", "none") as made:
+            yield made
+    else:
+        with overlay(tmp_path) as made:
+            yield made
+
+
+@pytest.fixture
+def opened(place, mount, region):
+    """A file of 8 pages, each full of its own number; let go by the server before it is over."""
+    fd = os.open(place / "object", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.write(fd, b"".join(bytes([page]) * PAGE for page in range(8)))
+    yield fd
+    region.unmap(0, 16 * PAGE)
+    mount.until(lambda: not held(mount, fd), "it is let go")
+    os.close(fd)
+
+
+@pytest.fixture(params=["ENOSPC", "EIO"])
+def failing(request, tmp_path):
+    """A file on a disk, the errno that its storage will fail with, and how to make it fail."""
+    code = getattr(errno, request.param)
+    size = "12M" if code == errno.ENOSPC else "100M"  # the medium has no room, or loses its end
+    with mounted(tmp_path / "medium", "-t", "tmpfs", "-o", f"size={size}", "none") as medium:
+        image = medium / "image"
+        with image.open("wb") as file:
+            file.truncate(64 * MIB)
+        with loop_device(image) as device:
+            run("mkfs.ext4", "-q", "-E", "lazy_itable_init=1", "-O", "^has_journal", device)
+            with mounted(tmp_path / "disk", "-o", "errors=continue", device) as disk:
+                with (disk / "object").open("wb") as file:
+                    file.truncate(16 * MIB)
+                    if code == errno.EIO:  # it is the blocks of the file that are lost
+                        file.write(bytes(16 * MIB))
+                        os.fsync(file.fileno())
+
+                def fail():
+                    if code == errno.EIO:
+                        os.truncate(image, 8 * MIB)
+                        run("losetup", "--set-capacity", device)
+
+                yield disk / "object", code, fail
