@@ -150,7 +150,7 @@ def test_shared_memory_of_posix(mount, region):
         os.close(fd)
 
 
-def test_a_layer_below_is_shown_until_it_is_written(mount, region, tmp_path):
+def test_a_layer_below_is_written_as_a_copy(mount, region, tmp_path):
     """As overlayfs has it: a descriptor for reading shows the lower file, one for writing copies."""
     with overlay(tmp_path) as place:
         region.map(0, PAGE, "r--", object=place / "object")
