@@ -64,6 +64,7 @@ HINTS: Final[dict[int, str]] = {
     errno.ENOMEM: "a part of the range is not mapped (mshare query shows what is)",
     errno.ENOSPC: "the mount is full: see size= in its options, and mshare ls",
     errno.EOPNOTSUPP: "this mount cannot do it (mshare info DIR lists its features)",
+    errno.EMFILE: "a process that maps the region has no descriptor free (ulimit -n)",
     errno.EIO: "the server failed to do it: its log has the reason",
     errno.EACCES: "the mode or the access given does not include every right needed",
     errno.EPERM: "it needs root",

@@ -13,6 +13,7 @@ import os
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from msharefs.abi import Prot
 from msharefs.cli.exits import Exit, Failure, describe, status_of
 from msharefs.client import (
     NotAMount,
@@ -21,6 +22,7 @@ from msharefs.client import (
     connect,
     events,
     locate,
+    union,
 )
 from msharefs.units import errno_name
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from msharefs.client import Mount
+
+_NO_ROOM = "a process that maps the region can have no more mappings (sysctl vm.max_map_count)"
 
 
 def resolve(name: str) -> RegionFile:
@@ -68,6 +72,8 @@ def open_region(file: RegionFile, *, writable: bool) -> Region:
     """
     if os.path.isdir(file.path):  # noqa: PTH112 - which can be opened for reading
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), file.path)
+    with suppress(OSError):  # it may not be readable, and still be writable
+        writable = writable or bool(union(file.mappings()) & Prot.WRITE)
     try:
         return Region.open(file.path, writable=writable)
     except PermissionError:
@@ -88,6 +94,8 @@ def refusing_as(what: str, file: RegionFile) -> Iterator[None]:
             reason = f"no such region on {file.mount.path}"
         elif what == "protect" and error.errno == errno.ENOMEM:
             status = Exit.NOTHING_THERE
+        elif what in {"map", "unmap"} and error.errno == errno.ENOMEM:
+            reason = reason or _NO_ROOM
         about = file.name or file.mount.path
         raise Failure(f"{what} {about}: {describe(error, reason)}", status) from error
 

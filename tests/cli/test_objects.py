@@ -274,3 +274,72 @@ def test_sync_ends_with_the_error_of_the_storage(full_disk, start_mount):
     with Region.open(mount.path / "r") as region:
         region.unmap(0, 8 << 20)
     mount.stop()
+
+
+CLIENT = """
+import mmap, os, resource, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+memory = mmap.mmap(fd, 0)
+{}
+print(memory[:3], flush=True)
+sys.stdin.read()
+print(memory[:3], flush=True)
+"""
+ELSEWHERE = "os.chroot('/usr')"
+FULL = """
+resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
+try:
+    while True:
+        os.dup(0)
+except OSError:
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("hindrance", "status", "words"),
+    [
+        (ELSEWHERE, 5, "EPERM: process {} does not see the mount: another root or mount namespace"),
+        (FULL, 1, "EMFILE: a process that maps the region has no descriptor free"),
+    ],
+    ids=["another root", "no descriptor free"],
+)
+def test_a_client_that_cannot_be_shown_a_file(mshare, pool, table, hindrance, status, words):
+    mshare("map", "@pool", "--anon", "--offset", "0", "--prot", "rw-")
+    client = subprocess.Popen(
+        [sys.executable, "-c", CLIENT.format(hindrance), pool],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert client.stdout.readline() == "b'\\x00\\x00\\x00'\n"
+        message = mshare("map", "@pool", table, "--offset", "0", "--prot", "r--", status=status)
+        assert words.format(client.pid) in message
+        assert listed(mshare, "@pool") == []
+        out, _ = client.communicate(timeout=60)
+        assert out == "b'\\x00\\x00\\x00'\n", "the memory is where it was"
+        assert client.returncode == 0
+    finally:
+        client.kill()
+        client.communicate()
+    mshare("map", "@pool", table, "--offset", "0", "--prot", "r--")
+    assert len(listed(mshare, "@pool")) == 1
+
+
+def test_who_maps_the_region_sees_the_file(mshare, pool, table):
+    """One that maps it already, and one that comes later."""
+    mshare("map", "@pool", "--anon", "--offset", "0", "--prot", "rw-")
+    code = CLIENT.format("")
+    words = [sys.executable, "-c", code, pool]
+    client = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert client.stdout.readline() == "b'\\x00\\x00\\x00'\n"
+        mshare("map", "@pool", table, "--offset", "0", "--prot", "rw-")
+        begin = repr(table.read_bytes()[:3]) + "\n"
+        assert client.communicate(timeout=60)[0] == begin
+        later = subprocess.run(words, input="", capture_output=True, text=True, check=True)
+        assert later.stdout == begin * 2
+    finally:
+        client.kill()
+        client.communicate()
