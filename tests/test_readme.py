@@ -71,6 +71,9 @@ def test_the_tour_runs_from_top_to_bottom(tmp_path, place):
     assert "b'hello'" in done.stdout, "and so does the mapping"
     assert "hello!" in done.stdout, "and the C program's, with what it has added"
     assert "rw-" in done.stdout
+    file = Path("/etc/os-release").read_text()
+    assert file in done.stdout, "read(2) of the region reads the file that lies in it"
+    assert repr(file[:11].encode()) in done.stdout, "and so does a mapping"
     assert str(place) not in MOUNTS.read_text()
 
 

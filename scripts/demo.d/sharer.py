@@ -8,9 +8,10 @@ import sys
 fd = os.open(sys.argv[1], os.O_RDWR)
 memory = mmap.mmap(fd, int(sys.argv[2]))
 for line in sys.stdin:
-    what, number = line.split()
+    what, *numbers = line.split()
+    offset = int(numbers[0])
     if what == "sum":
-        with memoryview(memory)[: int(number)] as part:
+        with memoryview(memory)[offset : offset + int(numbers[1])] as part:
             print(hashlib.sha256(part).hexdigest())
     else:
-        print(memory[int(number)])
+        print(memory[offset])
