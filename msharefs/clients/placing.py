@@ -66,16 +66,16 @@ def _system_call(tid: int) -> list[str]:
         return []
 
 
-def moving(address: int, size: int, to: int) -> Body[bool]:
-    """Move what the thread has just mapped at ``address``; False if it is not to be done now.
+def moving(result: int, address: int, size: int, to: int) -> Body[bool]:
+    """Move what the thread has just mapped, from ``address``; False if it is not to be done now.
 
-    The thread is stopped at the end of its mmap(); unless a signal has taken it to a handler since,
-    for then that result cannot be replaced any more. Raises FileExistsError if something lies at
-    ``to``, OSError.
+    The thread is stopped at the end of its mmap(), which returned ``result``; unless a signal has
+    taken it to a handler since, for then that cannot be replaced any more. The two places must not
+    overlap. Raises FileExistsError if something lies at ``to``, OSError.
     """
 
     def body(thread: Borrowed) -> Session[bool]:
-        if thread.saved.number != Number.MMAP or thread.saved.result != address:
+        if thread.saved.number != Number.MMAP or thread.saved.result != result:
             return False
         # Moving goes over whatever is there. So the place is taken first, which fails then.
         kept = yield from thread.call(Number.MMAP, to, size, _PROT_NONE, _RESERVING, -1, 0)

@@ -72,7 +72,7 @@ def place(wanted: Wanted, alignment: int, taken: Iterable[tuple[int, int]], end:
     space. Raises NoRoom.
     """
     size = page_up(wanted.length)
-    hint = -(-wanted.address // alignment) * alignment
+    hint = rounded_up(wanted.address, alignment)
     best, low = 0, alignment  # nothing lies at 0
     for start, stop in [*taken, (end, end)]:
         high = min(start, end)
@@ -85,6 +85,11 @@ def place(wanted: Wanted, alignment: int, taken: Iterable[tuple[int, int]], end:
     if not best:
         raise NoRoom(f"no {size} free bytes at a multiple of {alignment}")
     return best
+
+
+def rounded_up(address: int, alignment: int) -> int:
+    """The next multiple."""
+    return -(-address // alignment) * alignment
 
 
 def placed(wanted: Wanted, address: int) -> Wanted:

@@ -34,7 +34,7 @@ from msharefs.region.errors import BadArgument, NoRoom, NotAdoptable, PrivateMap
 from msharefs.region.events import Event, EventKind
 from msharefs.region.mapping import PROTS
 from msharefs.region.pages import page_up
-from msharefs.region.window import Wanted, check_window, place, placed
+from msharefs.region.window import Wanted, check_window, place, placed, rounded_up
 from msharefs.service.errors import errno_of
 from msharefs.service.nodes import RegionFile
 from msharefs.units import errno_name
@@ -201,6 +201,8 @@ class Gatekeeper:
                 return
             if wanted is not None and not wanted.exact:
                 address = await _moved(held, file, actor.pid, address, wanted)
+                if address < 0:
+                    return
             client = self._enforcer.roster.add(actor.pid, [file.ino])
             async with client.lock:
                 windows = client.space.windows(self._enforcer.device, file.ino)
@@ -297,16 +299,32 @@ def _check_movable(wanted: Wanted) -> None:
         raise BadArgument(f"mmap() from offset {wanted.offset:#x}: a region is mapped as a whole")
 
 
-async def _moved(held: Held, file: RegionFile, pid: int, address: int, wanted: Wanted) -> int:
-    """Where the mapping lies then: where it was, if that is aligned or it cannot be moved."""
-    if not address % file.region.semantics.alignment:
-        return address
+async def _moved(held: Held, file: RegionFile, pid: int, result: int, wanted: Wanted) -> int:
+    """Where the mapping lies then: where it was, if that is right or it cannot be moved.
+
+    Or minus an errno, if there is no room for it and it is there no more.
+    """
+    size, alignment = file.region.size, file.region.semantics.alignment
+    address, hint = result, rounded_up(wanted.address, alignment)
     while True:
-        to = await _find_place(file, pid, wanted)
+        mapped = await trio.to_thread.run_sync(taken, pid)
+        others = [part for part in mapped if part[1] <= address or part[0] >= address + size]
         try:
-            if not await held.run(moving(address, file.region.size, to)):
-                return address
+            to = place(wanted, alignment, others, ADDRESS_END)
+            if to == address or (not address % alignment and to != hint):
+                break
+            if abs(to - address) < size:  # nothing is moved over itself: by way of another place
+                to = place(attrs.evolve(wanted, address=0), alignment, mapped, ADDRESS_END)
+            if not await held.run(moving(result, address, size, to)):
+                break
         except FileExistsError:  # another thread was there first
             continue
-        held.replace(address, to)
-        return to
+        except NoRoom as error:
+            await held.run(unmapping(address, size))
+            code = errno_of(error, "mmap")
+            held.replace(result, -code)
+            return -code
+        address = to
+    if address != result:
+        held.replace(result, address)
+    return address
