@@ -113,7 +113,7 @@ class Census:
         with self._lock:
             now = time.monotonic()
             if self._looked < 0 or self._came_round(now):
-                return self._full(private=private)
+                return self._full(private=private, anew=True)
             new = self._new_processes()
             self._settle(now)
             return self._look_at(new, private=private)
@@ -153,14 +153,24 @@ class Census:
 
     # -- looking
 
-    def _full(self, *, private: bool, known: Container[int] = ()) -> list[Found]:
-        self._looked = self._marked = time.monotonic()
-        self._limit = int((_PROC / "sys/kernel/pid_max").read_text())
-        self._forks = _forks()
-        ids = list(process_ids())
-        self._mark = last = self._given_out()
-        self._floor = last - LAP  # whoever is not to be seen yet is new when he is
-        self._seen = {self._number(pid, last) for pid in ids}
+    def _full(
+        self, *, private: bool, known: Container[int] = (), anew: bool = False
+    ) -> list[Found]:
+        now = time.monotonic()
+        if anew or self._looked < 0 or self._came_round(now):
+            self._limit = int((_PROC / "sys/kernel/pid_max").read_text())
+            self._forks = _forks()
+            ids = list(process_ids())
+            self._looked, self._marked, self._mark = now, now, self._given_out()
+            self._floor = self._mark - LAP  # whoever is not to be seen yet is new when he is
+            self._seen = set()
+        else:
+            ids = list(process_ids())
+            self._given_out()
+            self._settle(now)
+        floor, lap, last = self._floor, self._lap, self._last
+        numbers = [lap + pid if lap + pid <= last else lap + pid - LAP for pid in ids]
+        self._seen.update([number for number in numbers if number > floor])
         return self._look_at((pid for pid in ids if pid not in known), private=private)
 
     def _look_at(self, ids: Iterable[int], *, private: bool) -> list[Found]:
@@ -247,7 +257,7 @@ class Census:
                 break
         new: list[int] = []
         for pid in listed:
-            number = self._number(pid, last)
+            number = lap + pid if lap + pid <= last else lap + pid - LAP
             if number > floor and number not in seen:
                 seen.add(number)
                 new.append(pid)
@@ -266,14 +276,13 @@ class Census:
         before it is relied upon: Linux adds 258 to the number (fs/proc/base.c).
         """
         os.lseek(self._proc, first + 258, os.SEEK_SET)
-        with os.scandir(self._proc) as entries:
-            return [int(entry.name) for entry in entries if entry.name.isdecimal()]
+        names = os.listdir(self._proc)  # noqa: PTH208 - of a descriptor
+        return [int(name) for name in names if name.isdecimal()]
 
 
 def process_ids() -> Iterator[int]:
     """Every process there is now."""
-    with os.scandir(_PROC) as entries:
-        yield from [int(entry.name) for entry in entries if entry.name.isdecimal()]
+    return map(int, filter(str.isdecimal, os.listdir(_PROC)))  # noqa: PTH208 - half the cost
 
 
 def mapped_ranges(
