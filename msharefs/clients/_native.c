@@ -103,6 +103,8 @@ static struct timespec timespec(int64_t nanoseconds)
 /* -- the batch: shared by the threads and whoever waits for them; the last one frees it */
 
 struct batch {
+	int told; /* a BPF map, by thread, that is told whom we have in hand; a descriptor of our own,
+		   * for threads that are left behind; or -1 */
 	pthread_mutex_t lock;
 	pthread_cond_t reported;
 	unsigned running; /* threads that have not reported yet */
@@ -125,6 +127,8 @@ static void let_go_of_batch(struct batch *batch)
 	if (last) {
 		pthread_cond_destroy(&batch->reported);
 		pthread_mutex_destroy(&batch->lock);
+		if (batch->told >= 0)
+			close(batch->told);
 		free(batch);
 	}
 }
@@ -141,6 +145,7 @@ struct slot {
 	pid_t tid;
 	enum state state;
 	bool dirty; /* its registers are not what is in saved */
+	bool told;  /* the gate lets its calls through */
 	uint32_t job;
 	uint32_t call;
 	uint64_t instruction;
@@ -187,10 +192,33 @@ static void on_timer(int number, siginfo_t *info, void *context)
 	}
 }
 
+/* The lsm gate refuses mprotect(2) of a region but for threads that it is told of: bpf(2). */
+static bool tell(const struct batch *batch, pid_t tid, bool ours)
+{
+	struct {
+		uint32_t map;
+		uint64_t key, value, flags;
+	} attributes = {0};
+	uint32_t key = (uint32_t)tid, value = 0;
+
+	attributes.map = (uint32_t)batch->told;
+	attributes.key = (uint64_t)(uintptr_t)&key;
+	attributes.value = ours ? (uint64_t)(uintptr_t)&value : 0;
+	return !syscall(SYS_bpf, ours ? 2 /* update */ : 3 /* delete */, &attributes, sizeof attributes);
+}
+
+static void tell_no_more(struct worker *w, struct slot *slot)
+{
+	if (slot->told)
+		tell(w->batch, slot->tid, false);
+	slot->told = false;
+}
+
 /* The client's job is done with, its slot free. What is still to be reported about the thread is
  * its end, which nobody needs to hear: the kernel tells its parent when our thread ends, at latest. */
 static void finish(struct worker *w, struct slot *slot, int status)
 {
+	tell_no_more(w, slot);
 	if (!w->reported)
 		w->batch->jobs[slot->job].status = status;
 	if (slot->since == INT64_MIN)
@@ -201,6 +229,7 @@ static void finish(struct worker *w, struct slot *slot, int status)
 /* Everything as it was, and off it goes; with `signal`, if it stopped for that. */
 static void let_go(struct worker *w, struct slot *slot, int signal, int status)
 {
+	tell_no_more(w, slot);
 	if ((slot->dirty && ptrace(PTRACE_SETREGS, slot->tid, NULL, &slot->saved)) ||
 	    ptrace(PTRACE_DETACH, slot->tid, NULL, (void *)(long)signal))
 		status = GONE; /* killed meanwhile */
@@ -383,6 +412,10 @@ static void take(struct worker *w, struct slot *slot)
 		job->cpu = last_cpu(slot->tid);
 	if (job->maps >= 0 && has_ended(job->maps)) {
 		let_go(w, slot, 0, GONE);
+		return;
+	}
+	if (w->batch->told >= 0 && !(slot->told = tell(w->batch, slot->tid, true))) {
+		let_go(w, slot, 0, SLOW);
 		return;
 	}
 	slot->call = job->first;
@@ -642,6 +675,7 @@ static struct batch *new_batch(const Py_buffer *jobs, const Py_buffer *calls)
 	pthread_cond_init(&batch->reported, &attributes);
 	pthread_condattr_destroy(&attributes);
 	batch->users = 1;
+	batch->told = -1;
 	return batch;
 }
 
@@ -714,6 +748,7 @@ static bool calls_exist(const struct job *job, Py_ssize_t jobs, Py_ssize_t calls
 
 static PyObject *borrow_many(PyObject *module, PyObject *args)
 {
+	int told;
 	unsigned threads;
 	long long limit;
 	unsigned long long own_device;
@@ -723,7 +758,7 @@ static PyObject *borrow_many(PyObject *module, PyObject *args)
 	Py_ssize_t count;
 
 	(void)module;
-	if (!PyArg_ParseTuple(args, "w*y*ILK", &jobs, &calls, &threads, &limit, &own_device))
+	if (!PyArg_ParseTuple(args, "w*y*ILKi", &jobs, &calls, &threads, &limit, &own_device, &told))
 		return NULL;
 	count = jobs.len / (Py_ssize_t)sizeof(struct job);
 	if (jobs.len % (Py_ssize_t)sizeof(struct job) || calls.len % (Py_ssize_t)sizeof(struct call) ||
@@ -732,6 +767,9 @@ static PyObject *borrow_many(PyObject *module, PyObject *args)
 		PyErr_SetString(PyExc_ValueError, "jobs, calls or threads out of range");
 	} else if (!(batch = new_batch(&jobs, &calls))) {
 		PyErr_NoMemory();
+	} else if (told >= 0 && (batch->told = fcntl(told, F_DUPFD_CLOEXEC, 0)) < 0) {
+		PyErr_SetFromErrno(PyExc_OSError);
+		let_go_of_batch(batch);
 	} else {
 		batch->deadline = now() + limit;
 		batch->own_device = own_device;
@@ -755,7 +793,7 @@ PyObject *look_at_many(PyObject *module, PyObject *args);   /* _native_maps.c */
 
 static PyMethodDef methods[] = {
 	{"borrow_many", borrow_many, METH_VARARGS,
-	 "borrow_many(jobs, calls, threads, limit_ns, own_device): see many.py."},
+	 "borrow_many(jobs, calls, threads, limit_ns, own_device, told): see many.py."},
 	{"carry_out_many", carry_out_many, METH_VARARGS,
 	 "carry_out_many(counter, errands, calls): see errands.py."},
 	{"look_at_many", look_at_many, METH_VARARGS,

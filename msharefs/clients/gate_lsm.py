@@ -141,6 +141,11 @@ class LsmGate:
         """As in `Gate`. Raises OSError if some 65,000 threads are borrowed at once."""
         self._library.update(self._borrowed, struct.pack("=I", tid), bytes(4))
 
+    @property
+    def borrowed(self) -> int:
+        """The BPF map, by thread id (u32), in which :meth:`allow` notes the thread (u32, 0)."""
+        return self._borrowed
+
     def disallow(self, tid: int) -> None:
         """As in `Gate`."""
         self._library.delete(self._borrowed, struct.pack("=I", tid))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import trio
 
@@ -25,12 +25,25 @@ from msharefs.clients.ptrace import Tracee
 from msharefs.region.errors import ClientStuck
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from msharefs.clients.borrow import Body, Borrowed
     from msharefs.clients.replica import Step
     from msharefs.clients.space import AddressSpace
     from msharefs.clients.tracer import Session, Tracer
+
+T = TypeVar("T")
+
+
+class Guard(Protocol):
+    """Wraps what a borrowed thread does, for a gate that has to be told whom we have in hand."""
+
+    @property
+    def told(self) -> int:
+        """The BPF map, by thread id, by which the compiled module tells the gate itself."""
+
+    def __call__(self, body: Body[T]) -> Body[T]: ...
+
 
 THREADS: Final = 4
 """Up to so many processors get a thread each. Where there are more, so many threads trace while
@@ -51,20 +64,20 @@ async def protect_many(
     *,
     spaces: Sequence[AddressSpace] | None = None,
     known: Sequence[bool] | None = None,
-    guard: Callable[[Body[None]], Body[None]] | None = None,
+    guard: Guard | None = None,
 ) -> list[Exception | None]:
     """Have process ``pids[i]`` make ``steps[i]``, in order, up to the first that fails.
 
     ``limit``: seconds for all. ``spaces[i]``: the address space that is meant; another program's is
-    left alone, as Gone. ``known[i]``: as for ``borrow``. ``guard`` wraps what a borrowed thread does; then all are borrowed one by
-    one. What can be the matter with one: NotAdoptable, ClientStuck, Gone (see ``borrow``), OSError
+    left alone, as Gone. ``known[i]``: as for ``borrow``. What can be the matter with one: NotAdoptable, ClientStuck, Gone (see ``borrow``), OSError
     of a step. Not to be cancelled.
     """
     outcomes: list[Exception | None] = [None] * len(pids)
     left: Iterable[int] = range(len(pids))
-    if pids and native.present and guard is None and (spaces is None or has_query()):
+    if pids and native.present and (spaces is None or has_query()):
         with trio.CancelScope(shield=True):
-            left = await _natively(pids, steps, limit, spaces, known, outcomes)
+            told = -1 if guard is None else guard.told
+            left = await _natively(pids, steps, limit, spaces, known, told, outcomes)
     sessions: list[Session[None]] = []
     left = list(left)
     for index in left:
@@ -103,6 +116,7 @@ async def _natively(
     limit: float,
     spaces: Sequence[AddressSpace] | None,
     known: Sequence[bool] | None,
+    told: int,
     outcomes: list[Exception | None],
 ) -> list[int]:
     """Note the outcomes. Whose are to be had by ``borrow``."""
@@ -144,6 +158,7 @@ async def _natively(
             THREADS,
             int(limit * 1e9),
             Tracee.own_device & _MASK,
+            told,
         )
     finally:
         for space in held:

@@ -51,10 +51,10 @@ from msharefs.service.tidy import Tidy
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Sequence
 
-    from msharefs.clients.borrow import Body
     from msharefs.clients.census import Census
     from msharefs.clients.faults import Faults, Served
     from msharefs.clients.holding import Hands
+    from msharefs.clients.many import Guard
     from msharefs.clients.procmap import MappedRange
     from msharefs.clients.roster import Roster
     from msharefs.clients.tracer import Tracer
@@ -99,7 +99,7 @@ class Enforcer:
         tell: Callable[[RegionFile, Event], object],
         state: Callable[[RegionFile], RegionState],
         placements: Placements,
-        guard: Callable[[Body[Any]], Body[Any]] | None = None,
+        guard: Guard | None = None,
     ) -> None:
         """``guard`` wraps what borrowed threads do, for a gate that has to be told of it."""
         self.device: Final = device

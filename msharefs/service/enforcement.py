@@ -10,8 +10,9 @@ are, and what was caught by userfaultfds is caught no more.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
+import attrs
 import trio
 
 from msharefs.clients.census import Census
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from msharefs.service.notifications import Notifications
     from msharefs.service.options import MountOptions
     from msharefs.service.placements import Placements
+
+T = TypeVar("T")
 
 
 class Enforcement:
@@ -88,7 +91,7 @@ class Enforcement:
             tell=changes.tell,
             state=changes.state,
             placements=placements,
-            guard=_announced(lsm) if lsm is not None else None,
+            guard=_Announced(lsm) if lsm is not None else None,
         )
         host.enforcer = self.enforcer
         self.gatekeeper: Gatekeeper | None = None
@@ -129,17 +132,22 @@ class Enforcement:
         self.census.close()
 
 
-def _announced(lsm: LsmGate) -> Callable[[Body[Any]], Body[Any]]:
+@attrs.frozen
+class _Announced:
     """The lsm gate refuses mprotect() of a region's mapping, but for threads that it is told of."""
 
-    def guard(body: Body[Any]) -> Body[Any]:
-        def announced(thread: Borrowed) -> Session[Any]:
-            lsm.allow(thread.tid)
+    lsm: LsmGate
+
+    @property
+    def told(self) -> int:
+        return self.lsm.borrowed
+
+    def __call__(self, body: Body[T]) -> Body[T]:
+        def announced(thread: Borrowed) -> Session[T]:
+            self.lsm.allow(thread.tid)
             try:
                 return (yield from body(thread))
             finally:
-                lsm.disallow(thread.tid)
+                self.lsm.disallow(thread.tid)
 
         return announced
-
-    return guard

@@ -25,7 +25,7 @@ from msharefs.region.errors import ClientStuck, NotAdoptable
 from tests.clients.tracing.conftest import descriptors, until
 from tests.clients.tracing.test_borrow import NEVER_RESTARTED, TIMED, WAITS_FOR_EVER
 
-PAUSE, GETPID, CLOSE, MPROTECT = 34, 39, 3, 10
+PAUSE, GETPID, CLOSE, MPROTECT, POLL = 34, 39, 3, 10, 7
 NO_DEVICE = (1 << 64) - 1
 DONE = 0
 PAGE = 4096
@@ -49,14 +49,14 @@ def many(start):
         pytest.skip("tracing other users' processes needs root")
     open_before, threads_before = descriptors(), threads()
 
-    def many(pids, *calls, limit=5.0, in_threads=2, maps=-1):
+    def many(pids, *calls, limit=5.0, in_threads=2, maps=-1, told=-1):
         calls = calls or [(GETPID, 0, 0, 0)]
         packed = bytearray(b"".join(struct.pack("=QQQQ", *call) for call in calls))
         jobs = bytearray()
         for pid in pids:
             where = vdso_instruction(pid), 0, len(calls), 0, maps, -1, 0
             jobs += struct.pack(JOB, pid, 0, *where)
-        native.borrow_many(jobs, packed, in_threads, int(limit * 1e9), NO_DEVICE)
+        native.borrow_many(jobs, packed, in_threads, int(limit * 1e9), NO_DEVICE, told)
         return [
             (status, disturbed)
             for _, status, _, _, _, disturbed, *_ in struct.iter_unpack(JOB, jobs)
@@ -301,16 +301,93 @@ def test_more_than_fit_in_hand(in_threads, start, many):
         assert child.wait() == "exited 7"
 
 
+class BpfMap:
+    """Threads by id, as the lsm gate's program has them: bpf(2)."""
+
+    CALL, CREATE, LOOK_UP, NEXT = 321, 0, 1, 4
+
+    def __init__(self):
+        self.fd = self._bpf(self.CREATE, struct.pack("=IIII", 1, 4, 4, 64))
+
+    def _bpf(self, command, attributes):
+        attributes = ctypes.create_string_buffer(attributes, 128)
+        result = LIBC.syscall(ctypes.c_long(self.CALL), command, attributes, 128)
+        return -ctypes.get_errno() if result < 0 else result
+
+    def _of(self, command, key):
+        key, value = ctypes.c_uint32(key), ctypes.c_uint32()
+        places = ctypes.addressof(key), ctypes.addressof(value), 0
+        return self._bpf(command, struct.pack("=IxxxxQQQ", self.fd, *places))
+
+    def has(self, tid):
+        return self._of(self.LOOK_UP, tid) == 0
+
+    def empty(self):
+        return self._of(self.NEXT, 0) == -errno.ENOENT
+
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+@pytest.fixture
+def threads_told():
+    made = BpfMap()
+    if made.fd < 0:
+        pytest.skip(f"no BPF maps: {os.strerror(-made.fd)}")
+    yield made
+    os.close(made.fd)
+
+
+def test_a_gate_is_told_of_threads_while_they_are_in_hand(start, many, threads_told):
+    children = [start("read") for _ in range(5)]
+    results = []
+    borrower = threading.Thread(
+        target=lambda: results.extend(
+            many([c.pid for c in children], (POLL, 0, 0, 1000), told=threads_told.fd)
+        )
+    )
+    borrower.start()
+    seen = set()
+
+    def all_seen():
+        seen.update(c.pid for c in children if threads_told.has(c.pid))
+        return len(seen) == len(children)
+
+    until(all_seen, "for all of them to be told of")
+    borrower.join()
+    assert results == [(DONE, 0)] * 5
+    assert threads_told.empty()
+
+
+def test_who_is_killed_in_hand_is_told_of_no_longer(start, many, threads_told):
+    child = start("read")
+    results = []
+    borrower = threading.Thread(
+        target=lambda: results.extend(many([child.pid], (POLL, 0, 0, 60_000), told=threads_told.fd))
+    )
+    borrower.start()
+    until(lambda: threads_told.has(child.pid), "for it to be told of")
+    os.kill(child.pid, signal.SIGKILL)
+    borrower.join()
+    assert [status for status, _ in results] == [native.GONE]
+    assert threads_told.empty()
+
+
+def test_a_thread_that_a_gate_cannot_be_told_of_is_left_alone(start, many):
+    with open(os.devnull, "rb") as no_map:
+        assert many([start("read").pid], told=no_map.fileno()) == [(native.SLOW, 0)]
+
+
 def test_what_makes_no_sense_is_refused():
     need_native()
     with pytest.raises(ValueError):
-        native.borrow_many(bytearray(31), bytearray(), 1, 1, 0)
+        native.borrow_many(bytearray(31), bytearray(), 1, 1, 0, -1)
     with pytest.raises(ValueError):
         native.borrow_many(
-            bytearray(struct.pack(JOB, 1, 0, 0, 0, 1, 0, -1, -1, 0)), bytearray(), 1, 1, 0
+            bytearray(struct.pack(JOB, 1, 0, 0, 0, 1, 0, -1, -1, 0)), bytearray(), 1, 1, 0, -1
         )
     with pytest.raises(ValueError):
-        native.borrow_many(bytearray(), bytearray(), 0, 1, 0)
+        native.borrow_many(bytearray(), bytearray(), 0, 1, 0, -1)
 
 
 # -- with what it leaves to the careful way
