@@ -140,9 +140,10 @@ class Client:
     """What it had mapped of the mount, by inode, when it was looked at last. (``MappedRange.pid`` is
     anybody's: those who have mapped the same may share this.)"""
     met: int = 0
-    """Goes up each time that it is added."""
+    """Goes up each time that it is added, and when it has been changed by itself: what was seen of
+    it before is not to be relied upon any more."""
     looked: int = 0
-    """What ``met`` was when ``files`` were looked at: has it been added since?"""
+    """What ``met`` was when ``files`` were looked at: has anything happened since?"""
     served: Served | None = None
     """Its userfaultfds, once it has made some."""
     borrowed: bool = False

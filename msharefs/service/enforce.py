@@ -469,6 +469,8 @@ class Enforcer:
         except Exception as error:  # noqa: BLE001 - listed; a change will try again
             errno_of(error, f"bringing process {client.pid} to {file.region.name}")
             self.unenforced(file, client, RegionError("a bug of the server, see its log"))
+        finally:
+            client.met += 1  # a change that has looked at it before is to look again
 
     def soon(self, work: Coroutine[Any, Any, None]) -> None:
         """See something through in a task of its own."""
@@ -545,9 +547,12 @@ class Enforcer:
         batch = Batch(self, file, self.rule(file), ())
         batch.windows[client] = [window]
         batch.run_by[client] = run
-        failures = await batch.lay()
-        failures |= await batch.catch()
-        failures |= await batch.step()
+        try:
+            failures = await batch.lay()
+            failures |= await batch.catch()
+            failures |= await batch.step()
+        finally:
+            client.met += 1  # a change that has looked at it before is to look again
         if client in failures:
             raise failures[client]
         attached = client.regions.get(file.ino)
