@@ -440,7 +440,7 @@ class RegionFile:
 
     def client_mappings(self) -> list[ClientMapping]:
         """Each mapping of it in each process, from ``clients``."""
-        return parse_clients((self.control / "clients").read_text(errors="replace"))
+        return parse_clients(os.fsdecode((self.control / "clients").read_bytes()))
 
     def decide(self, seq: int, *, allow: bool) -> None:
         """Let an access go that is held, or deny it. ``seq`` is that of its ``hold`` event.
@@ -466,7 +466,7 @@ _OCTAL = re.compile(r"\\([0-7]{3})")
 
 def parse_maps(text: str) -> list[Mapping]:
     """The lines of a ``maps`` file. Raises ValueError for a line that is none."""
-    return [_parse_maps_line(line) for line in text.split("\n") if line]
+    return [_parse_maps_line(line) for line in _lines(text)]
 
 
 def _parse_maps_line(line: str) -> Mapping:
@@ -487,6 +487,11 @@ def _parse_maps_line(line: str) -> Mapping:
         object_path=found["path"] and _unescaped(found["path"]),
         object_shmem=None if found["kind"] == "anon" else found["kind"] == "shmem",
     )
+
+
+def _lines(text: str) -> list[str]:
+    """As they are: str.splitlines() takes more than a newline for the end of a line."""
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def _unescaped(text: str) -> str:
@@ -517,7 +522,7 @@ class ClientMapping:
 def parse_clients(text: str) -> list[ClientMapping]:
     """The lines of a ``clients`` file. Raises ValueError for a line that is none."""
     found: list[ClientMapping] = []
-    for line in text.splitlines():
+    for line in _lines(text):
         pid, addresses, prot, offset, state, armed, faults, comm = line.split(" ", 7)
         start, end = addresses.split("-")
         name, _, why = state.partition(":")
@@ -532,7 +537,7 @@ def parse_clients(text: str) -> list[ClientMapping]:
                 _unescaped(why),
                 int(armed),
                 int(faults),
-                comm,
+                _unescaped(comm),
             )
         )
     return found

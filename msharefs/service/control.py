@@ -197,8 +197,7 @@ def maps_text(mappings: tuple[Mapping, ...], objects: Objects) -> Iterator[bytes
 
 
 def _object_words(shown: FileObject) -> bytes:
-    path = shown.path_now.replace(b"\\", rb"\134").replace(b"\n", rb"\012")
-    return (b"shmem " if shown.shmem else b"file ") + path
+    return (b"shmem " if shown.shmem else b"file ") + _escaped(shown.path_now)
 
 
 def _maps_pieces(mappings: tuple[Mapping, ...], shown: dict[int, bytes]) -> Iterator[bytes]:
@@ -236,28 +235,36 @@ def clients_text(
 ) -> Iterator[bytes]:
     r"""``PID START-END PROT OFFSET STATE ARMED FAULTS COMM``, a line for each mapping of the region.
 
-    Numbers as in /proc/PID/maps. STATE of an unenforced process is ``unenforced:WHY``, in which a
-    space is written ``\040`` and a backslash ``\134``, as in proc_pid_mounts(5). ``standing``
-    tells of a process, None if nothing is known of it.
+    Numbers as in /proc/PID/maps. STATE of an unenforced process is ``unenforced:WHY``. In WHY and
+    COMM a newline is written ``\012`` and a backslash ``\134``, in WHY a space ``\040``, as in
+    proc_pid_mounts(5). ``standing`` tells of a process, None if nothing is known of it.
     """
     for mapped in sorted(found, key=lambda m: (m.pid, m.start)):
         sharing = "s" if mapped.shared else "p"
         known = standing(mapped.pid) or Standing(why="not found yet")
-        why = known.why.replace("\\", "\\134").replace(" ", "\\040").replace("\n", "\\012")
+        why = _escaped(known.why.encode()).decode().replace(" ", "\\040")
         state = f"{known.state}:{why}" if known.state == "unenforced" and why else known.state
         yield (
-            f"{mapped.pid} {mapped.start:012x}-{mapped.end:012x} {mapped.prot.text()}{sharing}"
-            f" {mapped.offset:08x} {state} {known.armed} {known.faults}"
-            f" {command_name(mapped.pid)}\n"
-        ).encode()
+            (
+                f"{mapped.pid} {mapped.start:012x}-{mapped.end:012x} {mapped.prot.text()}{sharing}"
+                f" {mapped.offset:08x} {state} {known.armed} {known.faults} "
+            ).encode()
+            + _escaped(command_name(mapped.pid))
+            + b"\n"
+        )
 
 
-def command_name(pid: int) -> str:
-    """/proc/PID/comm; empty if the process has gone."""
+def command_name(pid: int) -> bytes:
+    """/proc/PID/comm, which may be anything that a process likes; empty if it has gone."""
     try:
-        return Path(f"/proc/{pid}/comm").read_text(errors="replace").rstrip("\n")
+        return Path(f"/proc/{pid}/comm").read_bytes().removesuffix(b"\n")
     except OSError:
-        return ""
+        return b""
+
+
+def _escaped(text: bytes) -> bytes:
+    """Without what would end a line, or pass for such."""
+    return text.replace(b"\\", rb"\134").replace(b"\n", rb"\012")
 
 
 def stats_text(file: RegionFile, state: RegionState) -> Iterator[bytes]:

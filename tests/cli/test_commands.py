@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -130,6 +131,33 @@ def _has_open(pid, path):
     except OSError:
         return False
     return path in links
+
+
+def test_a_process_with_an_odd_name_is_one_line(mshare, mount):
+    name = b"a b\n1 \\\r\x1c\xff"
+    mshare("create", "@r", "--size", "4K")
+    code = (
+        "import mmap, sys\n"
+        f"open('/proc/self/comm', 'wb').write({name})\n"
+        "file = open(sys.argv[1], 'r+b')\n"
+        "memory = mmap.mmap(file.fileno(), 0)\n"
+        "print('mapped', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    client = subprocess.Popen(
+        [sys.executable, "-c", code, mount.path / "r"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert client.stdout.readline() == "mapped\n"
+        (found,) = json.loads(mshare("clients", "@r", "--json"))["clients"]
+        assert (found["pid"], found["comm"]) == (client.pid, os.fsdecode(name))
+        assert len(mshare("clients", "@r").splitlines()) == 2
+        assert (mount.path / ".control/r/clients").read_bytes().count(b"\n") == 1
+    finally:
+        client.communicate()
 
 
 def test_errors_are_one_line_and_have_their_status(mshare, mount):
