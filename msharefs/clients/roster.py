@@ -225,11 +225,23 @@ class Roster:
                 self._update(client, met, files)
             return self._meet(found)
 
-    async def refresh(self, clients: Sequence[Client]) -> None:
-        """Look at clients that are known: what they map is left in ``Client.files``, as by a survey.
+    async def look_around(self, clients: Sequence[Client]) -> None:
+        """Look at these clients, as a full survey does, and at everybody who is not known.
 
-        Costs a few microseconds each, whoever else there is on the machine.
+        Once it returns, whoever mapped a region when it was called is on the roster. Side by side:
+        half of it is done by another processor.
         """
+        failure: Exception | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._strangers)
+            try:
+                await self._refresh(clients)
+            except Exception as error:  # noqa: BLE001 - raised below, as it is
+                failure = error
+        if failure is not None:
+            raise failure
+
+    async def _refresh(self, clients: Sequence[Client]) -> None:
         if not clients:
             return
         before = [(client, client.met) for client in clients]
@@ -237,8 +249,7 @@ class Roster:
         for client, met, files in looks:
             self._update(client, met, files)
 
-    async def strangers(self) -> None:
-        """Look at every process that is not known, and put on the roster who maps a region."""
+    async def _strangers(self) -> None:
         async with self._surveying:
             known = {client.space.pid for client in self._by_pidfd.values()}
             self._meet(await trio.to_thread.run_sync(lambda: self._census.full(known=known)))

@@ -173,6 +173,16 @@ class Enforcer:
         except Gone:
             return False
 
+    async def _still_lonely(self, file: RegionFile) -> bool:
+        """As :meth:`idle`, by a look at the processes made since; all others follow a little later."""
+        if not self._lonely(file):
+            return False
+        await self.roster.survey()
+        if not self._lonely(file):
+            return False
+        self.look_around()
+        return True
+
     def _remember_holder(self, file: RegionFile, pid: int, mark: int) -> None:
         """``pid`` asks for a change of a region that only it has open: next time may be idle."""
         self.forget_holder(file)
@@ -244,16 +254,10 @@ class Enforcer:
     ) -> Move:
         """A planned change, on its way through those who map the region. ``pid`` asks for it."""
         mark = self.census.last_pid()
-        surveyed = bool(file.region.contested(change))
-        if surveyed:  # then it matters who maps the region before anything is done
-            await self.gather(file)
-        elif self._lonely(file):
-            # As in idle(): the processes made since are looked at now, all others a little later.
-            await self.roster.survey()
-            surveyed = self._lonely(file)
-            self.look_around()
-        else:
-            await self.roster.refresh(self.roster.of_region(file.ino))
+        if file.region.contested(change):
+            await self.gather(file)  # then it matters who maps the region before anything is done
+        elif not await self._still_lonely(file):
+            await self.roster.look_around(self.roster.of_region(file.ino))
         clients = self.roster.of_region(file.ino)
         self._remember_holder(file, pid, mark)
         region, ranges = file.region, change.ranges
@@ -266,7 +270,7 @@ class Enforcer:
         old = layout_of(region, state, start, end)
         new = layout_of(region, state, start, end, ranges, after)
         gives = all(not part.lost and not part.replaced and part.old is not None for part in ranges)
-        return Move(self, file, old, new, clients, surveyed=surveyed, gives=gives)
+        return Move(self, file, old, new, clients, gives=gives)
 
     async def begin_shrinking(
         self, file: RegionFile, state: RegionState, limit: int, after: After

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-import trio
-
 from msharefs.clients.roster import State
 from msharefs.region.demand import both
 from msharefs.service.errors import errno_of
@@ -42,10 +40,9 @@ class Move:
         *,
         between: Layout | None = None,
         rearm: int = 0,
-        surveyed: bool = True,
         gives: bool = False,
     ) -> None:
-        """``rearm`` as for a batch. ``surveyed``: everybody was looked for; else only ``clients``.
+        """``rearm`` as for a batch.
 
         ``gives``: nothing but rights to memory that is there already, so that there is nothing to
         be done before the table is swapped.
@@ -56,7 +53,6 @@ class Move:
         self.between = between or Layout(both(old.plain, new.plain), both(old.served, new.served))
         self._rearm = rearm
         self.clients = clients
-        self._surveyed = surveyed
         self._gives = gives and self.between == old
         # Nobody must see memory where a file belongs, whatever the mount's policy.
         self._strict = True if old.shows_files or new.shows_files else None
@@ -100,23 +96,12 @@ class Move:
         """
         enforcer, file = self._enforcer, self._file
         todo, first = self.clients, True
-        if not todo and self._surveyed:
+        if not todo:
             return
         for _ in range(ROUNDS):
             seen, self._seen = self._seen, False
-            failure: Exception | None = None
-            touched = first
-            async with trio.open_nursery() as nursery:
-                if not self._surveyed:
-                    self._surveyed = True
-                    nursery.start_soon(enforcer.roster.strangers)
-                try:
-                    touched |= await self._bring(todo, layout, before if first else (), rearm, seen)
-                except Exception as error:  # noqa: BLE001 - raised below, as it is
-                    failure = error
-            if failure is not None:
-                raise failure
-            if not touched:
+            touched = await self._bring(todo, layout, before if first else (), rearm, seen)
+            if not (touched or first):
                 return
             first = False
             todo = await enforcer.newcomers(file, self.clients)
