@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from msharefs.clients.tracer import Session
 
 MAP_SHARED_FIXED: Final = 0x11
+TRIES: Final = 16
 _PATH_FAULTS: Final = frozenset(
     {
         errno.ENOENT,
@@ -108,13 +109,24 @@ def unmapping(address: int, size: int) -> Body[None]:
     return body
 
 
+def _call(thread: Borrowed, number: Number, *arguments: int) -> Session[int]:
+    """One that is interrupted for no reason of its own is made again: who was killed is Gone then."""
+    for _ in range(TRIES):
+        result = yield from thread.call(number, *arguments)
+        if result != -errno.EINTR:
+            break
+    return result
+
+
 def _lay(thread: Borrowed, laid: Laid, path: int) -> Session[None]:
-    fd = yield from thread.call(Number.OPEN, path, laid.flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0)
+    flags = laid.flags | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = yield from _call(thread, Number.OPEN, path, flags, 0)
     if fd < 0:
         raise _cannot_open(thread.pid, -fd, laid.path)
     failed: Exception | None = None
     for step in laid.steps:
-        result = yield from thread.call(
+        result = yield from _call(
+            thread,
             Number.MMAP,
             step.address,
             step.size,
