@@ -26,7 +26,7 @@ import trio
 from msharefs.clients import native
 from msharefs.clients.errands import Errands, Kind
 from msharefs.clients.served import MODES
-from msharefs.clients.userfault import Mode, Outcome, outcome_of
+from msharefs.clients.userfault import PAGE, Mode, Outcome, outcome_of
 from msharefs.region.demand import CAUGHT
 from msharefs.region.errors import ClientStuck
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from msharefs.clients.errands import Call
     from msharefs.clients.lanes import Workers
     from msharefs.clients.served import Half, Served, Span
+    from msharefs.clients.userfault import PageFault, Userfault
 
 RETRY_PAUSE: Final = 0.000_2
 """Seconds. How long a lane leaves an address space alone that was just changing."""
@@ -274,3 +275,17 @@ def patiently(half: Half, call: Callable[[], Outcome]) -> Outcome:
         if outcome is not Outcome.RETRY or half.closed:
             return outcome
         time.sleep(RETRY_PAUSE)
+
+
+def open_page(userfault: Userfault, fault: PageFault, page: int, *, keep: bool) -> Outcome:
+    """Make the page accessible; with ``keep`` the next store to it is caught again."""
+    if fault.protected:
+        return userfault.unprotect(page, PAGE)
+    outcome = Outcome.ABSENT
+    if fault.minor:
+        outcome = userfault.resume(page, PAGE, protected=keep)
+    if outcome is Outcome.ABSENT:
+        outcome = userfault.zero(page, protected=keep)
+        if outcome is Outcome.THERE:
+            outcome = userfault.resume(page, PAGE, protected=keep)
+    return outcome

@@ -27,17 +27,17 @@ from typing import TYPE_CHECKING, Final
 import attrs
 import trio
 
-from msharefs.clients.arming import Arming, in_lane, moving, patiently
+from msharefs.clients.arming import Arming, in_lane, moving, open_page, patiently
 from msharefs.clients.identity import in_own_namespace
 from msharefs.clients.kinship import Kinship
 from msharefs.clients.lanes import Workers
 from msharefs.clients.served import DENIED, STORES, Access, Answer, Half, Host, Served, Span
 from msharefs.clients.signals import Stand, kill, segv, stand_of
-from msharefs.clients.userfault import Forked, Moved, Outcome, PageFault, Userfault
+from msharefs.clients.userfault import PAGE, Forked, Moved, Outcome, PageFault, Userfault
 from msharefs.region.pages import page_down
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from msharefs.clients.kinship import Claims
     from msharefs.clients.space import AddressSpace
@@ -47,7 +47,6 @@ __all__ = ["Access", "Answer", "Faults", "Host", "Served", "Span", "moving"]
 
 log = logging.getLogger(__name__)
 
-PAGE: Final = 4096
 DESCRIPTORS_A_TICK: Final = 64
 BURIAL_PAUSE: Final = 0.5
 """Seconds between two looks at children that nobody has met: each costs a switch to a thread."""
@@ -159,13 +158,13 @@ class Faults:
             halves = served.halves
             return Outcome.SERVED if halves and halves[0].userfault.alive else Outcome.GONE
 
-        found = await in_lane(self._workers, served, look) is Outcome.SERVED
-        if not found:
-            self._over(served, "ended")
-        return found
+        if await in_lane(self._workers, served, look) is Outcome.SERVED:
+            return True
+        self._over(served, "ended")
+        return False
 
     def _given_up(self, served: Served, start: int, end: int) -> None:
-        for page in _within(served.waiting, start, end):
+        for page in served.waited_for(start, end):
             del served.waiting[page]
             self._host.given_up(served, page)
 
@@ -311,7 +310,7 @@ class Faults:
                 await self.alive(served)
 
     def _abandon(self, served: Served, start: int, end: int) -> None:
-        for page in _within(served.waiting, start, end):
+        for page in served.waited_for(start, end):
             del served.waiting[page]
             self._host.abandoned(served, page)
 
@@ -377,7 +376,7 @@ class Faults:
         span = half.span_at(page)
         keep = span is not None and bool(int(span.caught) & STORES) and not fault.write
         try:
-            outcome = patiently(half, partial(_open_page, userfault, fault, page, keep=keep))
+            outcome = patiently(half, partial(open_page, userfault, fault, page, keep=keep))
             if outcome is not Outcome.SERVED:
                 userfault.wake(page, PAGE)
         except OSError as error:
@@ -403,21 +402,3 @@ class Faults:
         if token is not None:
             with suppress(trio.RunFinishedError):
                 token.run_sync_soon(call)
-
-
-def _within(pages: Iterable[int], start: int, end: int) -> list[int]:
-    return [page for page in pages if start <= page < end]
-
-
-def _open_page(userfault: Userfault, fault: PageFault, page: int, *, keep: bool) -> Outcome:
-    """Make the page accessible; with ``keep`` the next store to it is caught again."""
-    if fault.protected:
-        return userfault.unprotect(page, PAGE)
-    outcome = Outcome.ABSENT
-    if fault.minor:
-        outcome = userfault.resume(page, PAGE, protected=keep)
-    if outcome is Outcome.ABSENT:
-        outcome = userfault.zero(page, protected=keep)
-        if outcome is Outcome.THERE:
-            outcome = userfault.resume(page, PAGE, protected=keep)
-    return outcome

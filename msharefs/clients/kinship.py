@@ -32,7 +32,7 @@ import trio
 from msharefs.clients.gone import Gone
 from msharefs.clients.lanes import Lane
 from msharefs.clients.procmap import PROCMAP_QUERY, has_query, read_text
-from msharefs.clients.userfault import Mode, Outcome
+from msharefs.clients.userfault import PAGE, Mode, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from msharefs.clients.space import AddressSpace
     from msharefs.clients.userfault import Userfault
 
-PAGE: Final = 4096
 PLACES: Final = 4
 """Mappings that are tried, one after another: some may be watched by somebody else already."""
 LIMIT: Final = 1.0

@@ -248,6 +248,10 @@ class Served:
             if not int(span.caught) & STORES:
                 self.doubt.add(span.address, span.end)
 
+    def waited_for(self, start: int, end: int) -> list[int]:
+        """The pages in ``[start, end)``, addresses, that somebody waits for."""
+        return [page for page in self.waiting if start <= page < end]
+
     def actor(self, tid: int) -> Actor:
         """Who the thread is, as of its first access: another program has other memory."""
         known = self._actors.get(tid)
