@@ -183,7 +183,7 @@ class Faults:
             if answer is Answer.GO:
                 first = next(a for a in accesses.values() if a.half is half)
                 self._let_go(half, first.fault)
-            else:
+            elif not half.closed:
                 half.userfault.wake(page, PAGE)
 
     # -- messages
@@ -289,6 +289,9 @@ class Faults:
         claims = await self._kin.claim(processes, self.unmet())
         for served in claims.ended:
             self._over(served, "ended")
+        for served, userfault in claims.strange:
+            for half in [half for half in served.halves if half.userfault is userfault]:
+                self._unmet[served.part_with(half)] = None
         for space, served in claims.found.items():
             self._meet(served, space.pid)
         return claims

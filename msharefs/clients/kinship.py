@@ -71,18 +71,21 @@ class Claims:
     found: dict[AddressSpace, Served] = attrs.field(factory=dict)
     unknown: list[AddressSpace] = attrs.field(factory=list)
     ended: list[Served] = attrs.field(factory=list)
+    strange: list[tuple[Served, Userfault]] = attrs.field(factory=list)
+    """Of those found: descriptors that are another's. Where two threads of one process fork at one
+    moment, what we read of its two descriptors does not tell which two belong together."""
 
 
 @attrs.frozen(eq=False)
 class Child:
-    """A descriptor of a child whose lane is reserved, so that it stays open.
+    """The descriptors of a child whose lane is reserved, so that they stay open.
 
     ``pid``: who it is if its accesses tell the truth, which in a pid namespace of its own they do
     not.
     """
 
     served: Served
-    userfault: Userfault
+    userfaults: list[Userfault]
     pid: int | None
 
 
@@ -115,7 +118,7 @@ class Kinship:
                 while child.halves and not self._workers.reserve(child.lane):  # noqa: ASYNC110 - a thread is at it
                     await trio.sleep(BUSY_PAUSE)
                 if child.halves:
-                    held.append(Child(child, child.halves[0].userfault, child.pid))
+                    held.append(Child(child, [half.userfault for half in child.halves], child.pid))
         except BaseException:
             self._let_go(held)
             raise
@@ -162,19 +165,30 @@ def _compare(
         for child in list(children):
             try:
                 places = places or places_in(space)
-                owns = owned_by(child.userfault, space, places)
+                owns = owned_by(child.userfaults[0], space, places)
             except Gone:
                 claims.ended.append(child.served)
                 children.remove(child)
                 continue
             if owns:
                 claims.found[space] = child.served
+                claims.strange += _others(child, space, places)
                 children.remove(child)
                 break
             doubtful |= owns is None
         else:
             if doubtful:
                 claims.unknown.append(space)
+
+
+def _others(
+    child: Child, space: AddressSpace, places: Sequence[int]
+) -> Iterator[tuple[Served, Userfault]]:
+    for userfault in child.userfaults[1:]:
+        with suppress(Gone):
+            if owned_by(userfault, space, places):
+                continue
+        yield child.served, userfault
 
 
 def owned_by(userfault: Userfault, space: AddressSpace, places: Sequence[int]) -> bool | None:

@@ -229,6 +229,18 @@ class Served:
                 found += 0 if wanted & ~int(known.caught) else known.size
         return found == span.size
 
+    def part_with(self, half: Half) -> Served:
+        """The descriptor is of another child, whom nobody has met.
+
+        Who waits already is still to be answered by way of this one, as the host knows it.
+        """
+        other = Served(self.client, None, parent=self.parent, adopted=False, lane=self.lane)
+        other.doubt, other.stamps = self.doubt.copy(), dict(self.stamps)
+        self.halves.remove(half)
+        other.halves.append(half)
+        half.served = other
+        return other
+
     def catches_any(self, span: Span) -> bool:
         """Whether anything is caught there, or may be."""
         return any(half.within(span.address, span.end) for half in self.halves)

@@ -386,6 +386,36 @@ async def test_children_that_have_ended_are_buried_and_taken_for_nobody(start_to
             os.kill(second, signal.SIGKILL)
 
 
+async def test_descriptors_that_were_paired_wrongly_are_told_apart(start_toucher):
+    """As they may be where two threads of a process that has both fork at one moment."""
+    toucher, host = start_toucher(), Host()
+    async with serving(host) as faults:
+        client = await served(faults, toucher, STORES, 0, SIZE // 2)
+        rest = Span(toucher.address + SIZE // 2, SIZE // 2, REGION, SIZE // 2, STORES | DENIED)
+        assert await faults.bring(client, [rest]) is Outcome.SERVED
+        pids, (one, other) = await forked(toucher, host, 2)
+        for child, half in ((one, other.halves[1]), (other, one.halves[1])):
+            half.served = child
+        one.halves[1], other.halves[1] = other.halves[1], one.halves[1]
+        spaces = [AddressSpace(pid) for pid in pids]
+        try:
+            claims = await faults.claim(spaces)
+            assert set(claims.found.values()) == {one, other}
+            for child in (one, other):
+                faults.adopt(child, child.pid)
+                assert len(child.halves) == 1
+            loose = faults.unmet()
+            assert len(loose) == 2
+            faults.drop(claims.found[spaces[0]])
+            for child in (*loose, claims.found[spaces[1]]):
+                assert await faults.alive(child), "what was never its own is not closed with it"
+        finally:
+            for space in spaces:
+                space.close()
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+
+
 async def test_who_is_forked_while_it_is_being_armed_is_in_doubt(start_toucher):
     """A child inherits for certain only what was in force when its parent's fork was told of."""
     toucher, host = start_toucher(), Host()
