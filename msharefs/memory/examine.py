@@ -16,6 +16,7 @@ import fcntl
 import mmap
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -31,6 +32,7 @@ SECRETMEM_MAGIC: Final = 0x5345434D
 PROC_MAGIC: Final = 0x9FA0
 SYSFS_MAGIC: Final = 0x62656572
 TMPFS_MAGIC: Final = 0x01021994
+FUSE_MAGIC: Final = 0x65735546
 O_PATH: Final = 0o10000000
 AT_EMPTY_PATH: Final = 0x1000
 """Source of the numbers: linux/magic.h, fcntl.h."""
@@ -63,6 +65,7 @@ _PLACES: Final = {
     SYSFS_MAGIC: "is a file of sysfs, which has no content to share",
 }
 
+Devices = Callable[[], frozenset[int]]
 Identity = tuple[int, int, bytes]
 """What tells one file from another: device, inode, and the filesystem's own handle of it."""
 
@@ -88,11 +91,11 @@ class Examined:
         trio.lowlevel.start_thread_soon(lambda: os.close(self.fd), lambda _outcome: None)
 
 
-def examine(fd: int, prot: Prot, offset: int, region_devices: frozenset[int]) -> Examined:
+def examine(fd: int, prot: Prot, offset: int, region_devices: Devices) -> Examined:
     """Judge the file behind ``fd`` (our duplicate of the caller's) for a mapping with ``prot``.
 
     ``offset`` in bytes, page-aligned: where in the file the mapping would begin.
-    ``region_devices`` are the st_dev of mounts whose files are regions. Takes ``fd`` over, also
+    ``region_devices`` tells the st_dev of mounts whose files are regions. Takes ``fd`` over, also
     when it raises: BadDescriptor (EBADF), BadObject (EINVAL), ObjectAccess (EACCES), or
     ObjectFailed with what mmap(2) says of that descriptor, in that order of the checks.
     """
@@ -106,7 +109,7 @@ def examine(fd: int, prot: Prot, offset: int, region_devices: frozenset[int]) ->
     return found
 
 
-def _examine(fd: int, prot: Prot, offset: int, region_devices: frozenset[int]) -> Examined:
+def _examine(fd: int, prot: Prot, offset: int, region_devices: Devices) -> Examined:
     mode = fcntl.fcntl(fd, fcntl.F_GETFL)
     if mode & O_PATH:
         raise BadDescriptor("the object's descriptor was opened with O_PATH")
@@ -128,7 +131,7 @@ def _examine(fd: int, prot: Prot, offset: int, region_devices: frozenset[int]) -
     return Examined(kept, identity, most, magic == TMPFS_MAGIC, own is not None, path)
 
 
-def _check_kind(fd: int, status: os.stat_result, region_devices: frozenset[int]) -> int:
+def _check_kind(fd: int, status: os.stat_result, region_devices: Devices) -> int:
     """The magic number of the file's filesystem. Raises BadObject."""
     for is_kind, name in _KINDS:
         if is_kind(status.st_mode):
@@ -136,9 +139,9 @@ def _check_kind(fd: int, status: os.stat_result, region_devices: frozenset[int])
     if not stat.S_ISREG(status.st_mode):
         # eventfd, epoll, userfaultfd ...: an anonymous inode has no file type at all
         raise BadObject("the object is an anonymous kernel object, not a regular file")
-    if status.st_dev in region_devices:
-        raise BadObject("the object is a region itself; regions do not nest")
     magic = _filesystem_magic(fd)
+    if magic in {FUSE_MAGIC, 0} and status.st_dev in region_devices():
+        raise BadObject("the object is a region itself; regions do not nest")
     if magic in _PLACES:
         raise BadObject(f"the object {_PLACES[magic]}")
     return magic

@@ -235,7 +235,7 @@ class Ioctls:
 
         def examined() -> None:
             fd = duplicate_descriptor(tid, args.fd)
-            result = examine(fd, PROTS[args.prot], args.offset, self._region_devices())
+            result = examine(fd, PROTS[args.prot], args.offset, self._region_devices)
             with lock:
                 if not given_up:
                     found.append(result)
