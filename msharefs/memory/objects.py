@@ -260,7 +260,8 @@ class Objects:
             return known
         self._last += 1
         device, ino, _ = found.identity
-        ref = ObjectRef(Kind.FILE, self._last, os.major(device), os.minor(device), ino)
+        numbers = (os.major(device), os.minor(device), ino)
+        ref = ObjectRef(Kind.FILE, self._last, *numbers, stored=not found.shmem)
         made = FileObject(found.fd, ref, found.max_prot, found.shmem, found.path, found.own)
         self._by_key[key] = self._by_ident[made.ident] = made
         self._keys[made.ident] = key

@@ -13,7 +13,7 @@ Leaves out: addresses, processes, and how either is brought about.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from enum import IntFlag
+from enum import IntEnum, IntFlag
 from itertools import pairwise
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
@@ -35,10 +35,22 @@ Source: TypeAlias = "tuple[int, int] | None"
 """What is to be seen: the region's own memory (None), or a file object: its ident, and the offset
 in the region minus that in the file, in bytes."""
 
-Piece: TypeAlias = "tuple[int, int, Prot | None, Source]"
-"""``[start, end)`` of a region, its protection (None is a hole), and what it shows."""
+Piece: TypeAlias = "tuple[int, int, Prot | None, Source, Grasp]"
+"""``[start, end)`` of a region, its protection (None is a hole), what it shows, and what can be
+known of accesses to that."""
 
 _Span = TypeVar("_Span", bound=tuple[Any, ...])
+
+
+class Grasp(IntEnum):
+    """What the kernel lets us know of accesses to what is shown. Source: userfaultfd(2)."""
+
+    NONE = 0
+    """A file that was opened for reading only: nobody can store to its mappings either."""
+    NOTES = 1
+    """A file on storage: that a page was stored to, afterwards."""
+    FAULTS = 2
+    """Memory, or a file that is memory: each access, before it happens."""
 
 
 class Caught(IntFlag):
@@ -65,6 +77,9 @@ READ_WRITE: Final = READ | WRITE
 
 SCANNED: Final = 4
 """Beside the bits of NotifyEvent: whoever watches wants stores noted, and none caught."""
+SIGNALLED: Final = 8
+"""Beside them, too: whoever watches wants a signal sent. Of what can only be noted the mapping is
+read-only then, so that the kernel sends its own."""
 
 _STORES: Final = int(Caught.STORES)
 _NOTED: Final = int(Caught.NOTED)
@@ -93,16 +108,20 @@ class Demand:
         return not int(self.prot) and not int(self.caught)
 
 
-def serve(prot: Prot, watched: int, *, by_fault: bool) -> tuple[int, int]:
+def serve(
+    prot: Prot, watched: int, *, by_fault: bool, grasp: Grasp = Grasp.FAULTS
+) -> tuple[int, int]:
     """How one mapped range is served: the protection of the mapping, and what is caught.
 
-    ``watched`` is a :class:`NotifyEvent` set, and SCANNED. A watched range has a mapping that would allow what
-    is to be reported; the table's rule is kept by what is caught. ``by_fault`` says that a range
-    without PROT_WRITE is protected that way although nobody watches it.
+    ``watched`` is a :class:`NotifyEvent` set, with SCANNED and SIGNALLED. A watched range has a
+    mapping that would allow what is to be reported; the table's rule is kept by what is caught.
+    ``by_fault`` says that a range without PROT_WRITE is protected that way although nobody watches
+    it. What cannot be caught is protected by its mapping, and nobody is told of what that denies.
     """
     has = int(prot)
-    if watched & SCANNED:  # what is forbidden is so by the mapping, and nobody is told
-        return has, _NOTED if has & WRITE else 0
+    if grasp != Grasp.FAULTS or watched & SCANNED:
+        return _unfaulting(has, watched, grasp)
+    watched &= _WATCH_READ | _WATCH_WRITE
     if not has:
         return (READ_WRITE, _ALL | _DENIED) if watched else (0, 0)
     caught = 0
@@ -117,11 +136,28 @@ def serve(prot: Prot, watched: int, *, by_fault: bool) -> tuple[int, int]:
     return (has | READ_WRITE, caught) if caught else (has, 0)
 
 
+def _unfaulting(has: int, watched: int, grasp: Grasp) -> tuple[int, int]:
+    if not has & WRITE or grasp == Grasp.NONE:
+        return has, 0
+    if watched & SIGNALLED:
+        return has & ~WRITE | READ, 0
+    return has, _NOTED if watched & _WATCH_WRITE else 0
+
+
 def source_of(mapping: Mapping | None) -> Source:
     """What a mapping shows."""
     if mapping is None or mapping.object.kind is not Kind.FILE:
         return None
     return mapping.object.ident, mapping.start - mapping.object_offset
+
+
+def grasp_of(mapping: Mapping | None) -> Grasp:
+    """What can be known of accesses to what a mapping shows."""
+    if mapping is None or mapping.object.kind is not Kind.FILE:
+        return Grasp.FAULTS
+    if not int(mapping.max_prot) & WRITE:
+        return Grasp.NONE
+    return Grasp.NOTES if mapping.object.stored else Grasp.FAULTS
 
 
 def cover(table: MappingTable, start: int, end: int) -> list[Piece]:
@@ -131,11 +167,11 @@ def cover(table: MappingTable, start: int, end: int) -> list[Piece]:
     for mapping in table.overlapping(start, end) if start < end else ():
         low, high = max(start, mapping.start), min(end, mapping.end)
         if at < low:
-            pieces.append((at, low, None, None))
-        pieces.append((low, high, mapping.prot, source_of(mapping)))
+            pieces.append((at, low, None, None, Grasp.FAULTS))
+        pieces.append((low, high, mapping.prot, source_of(mapping), grasp_of(mapping)))
         at = high
     if at < end:
-        pieces.append((at, end, None, None))
+        pieces.append((at, end, None, None, Grasp.FAULTS))
     return pieces
 
 
@@ -143,22 +179,22 @@ def changed(pieces: Iterable[Piece], ranges: Sequence[RangeChange]) -> list[Piec
     """``pieces`` as they will be once ``ranges``, a planned change's, have been applied."""
     new: list[Piece] = []
     index = 0
-    for start, end, prot, source in pieces:
+    for start, end, prot, source, grasp in pieces:
         at = start
         while index < len(ranges) and ranges[index].start < end:
             part = ranges[index]
             low, high = max(at, part.start), min(end, part.end)
             if at < low:
-                new.append((at, low, prot, source))
+                new.append((at, low, prot, source, grasp))
             if low < high:
                 prot_now = part.new.prot if part.new is not None else None
-                new.append((low, high, prot_now, source_of(part.new)))
+                new.append((low, high, prot_now, source_of(part.new), grasp_of(part.new)))
                 at = high
             if part.end > end:
                 break  # goes on in the next piece
             index += 1
         if at < end:
-            new.append((at, end, prot, source))
+            new.append((at, end, prot, source, grasp))
     return new
 
 
@@ -169,7 +205,7 @@ def demands(
 ) -> list[Demand]:
     """What a covered range demands: every byte of it exactly once, equal neighbours joined.
 
-    ``watched`` are ``(start, end, events)``, sorted and disjoint. Holes demand PROT_NONE.
+    ``watched`` are ``(start, end, asks)`` as :func:`serve` takes them, sorted and disjoint. Holes demand PROT_NONE.
     """
     if not pieces:
         return []
@@ -177,7 +213,7 @@ def demands(
     if not watched and not faulting:
         return _joined(
             Demand(start, end, prot or Prot.NONE, Caught.NOTHING, source)
-            for start, end, prot, source in pieces
+            for start, end, prot, source, _ in pieces
         )
     return _joined(_served(pieces, watched, faulting))
 
@@ -189,7 +225,7 @@ def _served(
 ) -> Iterator[Demand]:
     cuts = {cut for low, high, *_ in (*watched, *faulting) for cut in (low, high)}
     edges = sorted(cuts)
-    for start, end, prot, source in pieces:
+    for start, end, prot, source, grasp in pieces:
         inner = edges[bisect_right(edges, start) : bisect_left(edges, end)]
         for low, high in pairwise([start, *inner, end]):
             if prot is None:
@@ -197,7 +233,7 @@ def _served(
                 continue
             events = next((bits for a, b, bits in _from(watched, low) if a <= low < b), 0)
             faults = any(a <= low < b for a, b in _from(faulting, low))
-            has, caught = serve(prot, events, by_fault=faults)
+            has, caught = serve(prot, events, by_fault=faults, grasp=grasp)
             yield Demand(low, high, PROTS[has], CAUGHT[caught], source)
 
 

@@ -19,7 +19,8 @@ class ObjectRef:
     """What a mapping shows: the region's own memory, or a file.
 
     ``ident`` tells two descriptors of one file apart (they may differ in access mode); the
-    device and inode are the file's own, as ``/proc/PID/maps`` prints them, 0 for memory.
+    device and inode are the file's own, as ``/proc/PID/maps`` prints them, 0 for memory. ``stored``:
+    a file with storage behind it, not on tmpfs.
     """
 
     kind: Kind
@@ -27,6 +28,7 @@ class ObjectRef:
     dev_major: int = 0
     dev_minor: int = 0
     ino: int = 0
+    stored: bool = False
 
 
 ANON: Final = ObjectRef(Kind.ANON)

@@ -19,13 +19,17 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from msharefs.abi import PAGE_SIZE, NotifyEvent, NotifyMode, OnTimeout, Prot
-from msharefs.region.demand import SCANNED
+from msharefs.region.demand import SCANNED, SIGNALLED, Grasp, grasp_of
+from msharefs.region.errors import Unsupported
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from msharefs.region.mapping import Mapping
+
 _READ, _WRITE = int(NotifyEvent.READ), int(NotifyEvent.WRITE)
 _PROT_WRITE: Final = int(Prot.WRITE)
+SIGSEGV: Final = 11
 
 
 @attrs.frozen
@@ -50,7 +54,8 @@ class Watch:
     @property
     def asks(self) -> int:
         """What it asks of those who map the range (``demand.serve``)."""
-        return int(self.events) | (SCANNED if self.scan else 0)
+        signals = SIGNALLED if self.mode is NotifyMode.SIGNAL else 0
+        return int(self.events) | signals | (SCANNED if self.scan else 0)
 
     def clip(self, start: int, end: int) -> Watch:
         """The part of it within ``[start, end)``, which must overlap it."""
@@ -180,6 +185,26 @@ class Watches:
                 pages.difference_update(range(first, last))
             else:
                 pages.difference_update([page for page in pages if first <= page < last])
+
+
+def check_watchable(watch: Watch, mapping: Mapping) -> None:
+    """Raises Unsupported if accesses to what a mapping shows cannot be watched so.
+
+    Source: the kinds of memory in userfaultfd(2), and what a read-only mapping does.
+    """
+    grasp = grasp_of(mapping)
+    if grasp is Grasp.FAULTS:
+        return
+    where = f"the file at {mapping.start:#x}"
+    if watch.events & NotifyEvent.READ:
+        why = "is read-only" if grasp is Grasp.NONE else "is on storage"
+        raise Unsupported(f"{where} {why}: loads cannot be watched")
+    if grasp is Grasp.NONE:
+        return
+    if watch.mode is NotifyMode.HOLD:
+        raise Unsupported(f"{where} is on storage: stores cannot be held")
+    if watch.mode is NotifyMode.SIGNAL and watch.signo != SIGSEGV:
+        raise Unsupported(f"{where} is on storage: no signal but SIGSEGV can be sent")
 
 
 # -- one access

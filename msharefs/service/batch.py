@@ -153,7 +153,12 @@ class Batch:
 
     async def lay(self) -> dict[Client, Exception]:
         """Have each show what it is to show; who fails is left out of what follows."""
-        return await lay(self)
+        before = dict(self.windows)
+        failures = await lay(self)
+        for client, windows in self.windows.items():
+            if windows is not before.get(client):  # what was laid there is not noted yet
+                self.enforcer.noting.remapped(client, self.file.ino)
+        return failures
 
     # -- what is caught
 

@@ -41,6 +41,7 @@ from msharefs.region.demand import both
 from msharefs.region.errors import ClientStuck, NotAdoptable, RegionError, RightsInUse
 from msharefs.region.events import Event, EventKind
 from msharefs.region.mapping import PROTS
+from msharefs.region.watch import check_watchable
 from msharefs.service.batch import STAMPS, Batch, all_locks, has_now
 from msharefs.service.debts import Debts
 from msharefs.service.errors import errno_of
@@ -218,7 +219,8 @@ class Enforcer:
     def after(self, file: RegionFile, state: RegionState, change: Change) -> After:
         """What will be watched, and protected by faults, once ``change`` is done.
 
-        What is unmapped is watched no more, nor is what takes its place.
+        What is unmapped is watched no more, nor is what takes its place. Raises Unsupported where a
+        hole is watched in a way that what comes there cannot be.
         """
         by_fault, watches = state.by_fault.copy(), state.watches
         for part in change.ranges:
@@ -226,6 +228,9 @@ class Enforcer:
             if part.replaced and watches.within(part.start, part.end):
                 watches = watches.copy() if watches is state.watches else watches
                 watches.disarm(part.start, part.end)
+            if part.new is not None:
+                for watch in watches.within(part.start, part.end):
+                    check_watchable(watch, part.new)
         if self._takes_only_write(change):
             size = change.ranges[-1].end - change.ranges[0].start
             if self.way(file, size) is Way.FAULT:

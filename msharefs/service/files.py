@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from msharefs.service.contents import Contents
     from msharefs.service.handles import Handles
     from msharefs.service.nodes import RegionFile
-    from msharefs.service.notifications import Notifications
+    from msharefs.service.notifications import Notifications, Owed
 
 Hold: TypeAlias = "Callable[[RegionFile, Actor], Awaitable[None]]"
 """Told of an opener before it is answered; raises to refuse it."""
@@ -402,20 +402,29 @@ class Files:
     ) -> int | Awaitable[int]:
         file, offset, actor = handle.file, request.offset, handle.actor(request.pid)
 
-        def write(length: int) -> int | Awaitable[int]:
-            return self._put(handle, request, file.region.writable(offset, length))
+        owed: list[Owed] = []
 
-        admitted = self._notifications.admit(
-            file, offset, allowed, store=True, actor=actor, via="write"
-        )
-        if isinstance(admitted, int):
-            return write(admitted)
+        async def after(later: Awaitable[int]) -> int:
+            try:
+                return await later
+            finally:
+                self._notifications.pay(owed)
 
-        async def after() -> int:
-            written = write(await admitted)
+        async def held(admitted: Awaitable[int]) -> int:
+            length = file.region.writable(offset, await admitted)
+            written = self._put(handle, request, length)
             return written if isinstance(written, int) else await written
 
-        return after()
+        admitted = self._notifications.admit(
+            file, offset, allowed, store=True, actor=actor, via="write", owed=owed
+        )
+        if isinstance(admitted, int):
+            written = self._put(handle, request, file.region.writable(offset, admitted))
+            if isinstance(written, int):
+                self._notifications.pay(owed)
+                return written
+            return after(written)
+        return after(held(admitted))
 
     def _refused(
         self, handle: RegionHandle, request: ReadRequest | WriteRequest, *, store: bool, via: str

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from msharefs.region.demand import Caught, Demand, changed, cover, demands
+from msharefs.region.demand import SIGNALLED, Caught, Demand, Grasp, changed, cover, demands
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,11 +65,12 @@ def layout_of(
     if ranges:
         pieces = changed(pieces, ranges)
     if end > limit:
-        pieces.append((max(start, limit), end, region.semantics.beyond or None, None))
+        pieces.append((max(start, limit), end, region.semantics.beyond or None, None, Grasp.FAULTS))
     watches = state.watches if after is None else after.watches
     watched = [(w.start, w.end, w.asks) for w in watches.within(start, end)]
     faulting = state.by_fault if after is None else after.by_fault
-    plain = demands(pieces)
+    signalled = [(low, high, SIGNALLED) for low, high, asks in watched if asks & SIGNALLED]
+    plain = demands(pieces, signalled)
     return Layout(plain, demands(pieces, watched, faulting) if watched or faulting else plain)
 
 

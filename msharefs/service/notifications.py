@@ -13,7 +13,7 @@ Leaves out: catching (``enforce.py`` brings the processes to it).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
 import trio
@@ -24,11 +24,11 @@ from msharefs.clients.faults import Answer
 from msharefs.region.errors import AccessDenied
 from msharefs.region.events import Event, EventKind
 from msharefs.region.pages import page_down, page_up
-from msharefs.region.watch import Action, Watch, judge
+from msharefs.region.watch import Action, Watch, check_watchable, judge
 from msharefs.service.holds import Decision, Hold, Holds
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from msharefs.abi import NotifyArgs
     from msharefs.clients.faults import Access, Served
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from msharefs.region.watch import Watches
     from msharefs.service.changes import Changes, RegionState
     from msharefs.service.nodes import RegionFile
+
+Owed: TypeAlias = tuple[int, int, int]
+"""A signal to be sent: process, thread, number."""
 
 _ANSWERS: Final = {Decision.ALLOW: Answer.GO, Decision.DENY: Answer.DENY}
 _LOGGED: Final = (("mode", "log"),)
@@ -92,7 +95,10 @@ class Notifications:
         start, end = args.region_offset, args.region_offset + args.size
         before = state.watches.copy()
         if args.events:
-            state.watches.arm(_watch(args))
+            watch = _watch(args)
+            for mapping in file.region.table.overlapping(start, end):
+                check_watchable(watch, mapping)
+            state.watches.arm(watch)
         else:
             state.watches.disarm(start, end)
         self.changed(file, start, end)
@@ -203,20 +209,36 @@ class Notifications:
     # -- read() and write()
 
     def admit(
-        self, file: RegionFile, offset: int, length: int, *, store: bool, actor: Actor, via: str
+        self,
+        file: RegionFile,
+        offset: int,
+        length: int,
+        *,
+        store: bool,
+        actor: Actor,
+        via: str,
+        owed: list[Owed] | None = None,
     ) -> int | Awaitable[int]:
         """How many bytes of an access that the table allows the watches let go.
 
         Raises AccessDenied if that is none. An awaitable if it has to wait for somebody's word.
+        Signals that go with it are sent, or put into ``owed`` if that is given: one that arrives
+        while a call waits for a file ends it with EINTR.
         """
         kind = NotifyEvent.WRITE if store else NotifyEvent.READ
         end = offset + length
         for watch in self._changes.state(file).watches.within(page_down(offset), page_up(end)):
             start, stop = max(watch.start, offset), min(watch.end, end)
             if judge(_ANY, watch, kind).action is Action.HOLD:
-                return self._admit_held(file, offset, length, start, kind, actor, via)
-            self._pass(file, watch, kind, start, stop, actor, via)
+                return self._admit_held(file, offset, length, start, kind, actor, via, owed)
+            self._pass(file, watch, kind, start, stop, actor, via, owed)
         return length
+
+    @staticmethod
+    def pay(owed: Iterable[Owed]) -> None:
+        """Send what :meth:`admit` put there."""
+        for pid, tid, signo in owed:
+            signals.send(pid, tid, signo, 0)
 
     def _pass(
         self,
@@ -227,12 +249,17 @@ class Notifications:
         stop: int,
         actor: Actor,
         via: str,
+        owed: list[Owed] | None,
     ) -> None:
         """Tell of an access that is let go without waiting."""
         verdict = judge(_ANY, watch, kind)
         if verdict.action is Action.SIGNAL:
             self._tell(file, EventKind.FAULT, actor, via, start, stop - start, _signalled(watch))
-            signals.send(actor.pid, actor.tid, watch.signo, 0)
+            signal = (actor.pid, actor.tid, watch.signo)
+            if owed is None:
+                self.pay([signal])
+            else:
+                owed.append(signal)
         elif verdict.report and self._changes.state(file).watches.first_of(start, stop, kind):
             self._tell(file, EventKind.FAULT, actor, via, start, stop - start, _LOGGED)
 
@@ -245,6 +272,7 @@ class Notifications:
         kind: NotifyEvent,
         actor: Actor,
         via: str,
+        owed: list[Owed] | None,
     ) -> int:
         """From ``at`` on, by the watches as they are after each wait."""
         end = offset + length
@@ -255,7 +283,7 @@ class Notifications:
                 continue
             stop = min(watch.end, end)
             if judge(_ANY, watch, kind).action is not Action.HOLD:
-                self._pass(file, watch, kind, at, stop, actor, via)
+                self._pass(file, watch, kind, at, stop, actor, via, owed)
                 at = stop
                 continue
             decision = await self._wait(file, watch, at, stop - at, actor, via)

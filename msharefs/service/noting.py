@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+RESTS: Final = 3
+"""How many times as long as a look takes is rested after it at least."""
+
 _NOTED: Final = int(Caught.NOTED)
 
 
@@ -184,6 +187,12 @@ class Noting:
 
         await _each(one, {c: spans for c, spans in todo.items() if c in self._books})
 
+    def remapped(self, client: Client, inode: int) -> None:
+        """Some of what the client maps of a region is mapped anew, and is to be armed again."""
+        book = self._books.get(client)
+        if book is not None:
+            book.armed.pop(inode, None)
+
     async def settle(self, file: RegionFile, start: int, end: int) -> None:
         """Tell of what was stored to ``[start, end)`` until now, and note it anew from now on.
 
@@ -223,9 +232,11 @@ class Noting:
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """For ever: look once a period, while anything is noted."""
         task_status.started()
+        took = 0.0
         while True:
             await self._some.wait()
-            await trio.sleep(self._period)
+            await trio.sleep(max(self._period, RESTS * took))
+            started = trio.current_time()
             inodes = {inode for book in self._books.values() for inode in book.armed}
             if not inodes:
                 self._some = trio.Event()
@@ -233,6 +244,7 @@ class Noting:
                 file = self._find(inode)
                 if file is not None:
                     await self.look(file)
+            took = trio.current_time() - started
 
     async def look(self, file: RegionFile) -> None:
         """Tell of what was stored to in all who map the region, as far as it is noted."""
@@ -265,7 +277,7 @@ class Noting:
             if book is None:
                 continue
             if written is None:  # it may have mapped something anew: the next change arms that
-                book.armed[file.ino] = SpanSet()
+                self.remapped(client, file.ino)
                 continue
             told = book.told.setdefault(file.ino, SpanSet())
             new = [part for low, high in written for part in _without(told, low, high)]

@@ -25,6 +25,8 @@ GATES = ("none", "ptrace")
 SMALL, LARGE = "small", "huge"
 CALLS = {"open": "open", "mmap": "mmap", "both": "open + mmap"}
 RATE = 10_000
+BURST = 1024
+"""Pages stored to one after another."""
 
 
 @attrs.frozen
@@ -101,7 +103,10 @@ class AdoptRow:
 
 @attrs.frozen
 class FaultRow:
-    """One logged store, in microseconds: until it was done, and until its line was read."""
+    """One logged store, in microseconds: until it was done, and until its line was read.
+
+    And of many, one after another: until each was done, not watched, watched, watched with _SCAN.
+    """
 
     until: str
     spread: Spread
@@ -240,6 +245,10 @@ def _faults(
         for until, value in lines_of(command, "faults latency"):
             samples[until].append(int(value))
         advance(1)
+        region = mount.directory / "burst"
+        command = [program, region, control / "burst" / "events", "burst", str(BURST), "5"]
+        for way, value in lines_of(command, "faults burst"):
+            samples.setdefault(way, []).append(int(value))
         region = mount.directory / "rate"
         command = [program, region, control / "rate" / "events", "rate", str(RATE)]
         for _, stores, reported, lost, taken in lines_of(

@@ -2,6 +2,7 @@
  *
  * usage: faults REGION EVENTS latency COUNT
  *        faults REGION EVENTS rate PER_SECOND SECONDS
+ *        faults REGION EVENTS burst PAGES ROUNDS
  *
  * REGION is made here; EVENTS is its event file. Every page is touched before it is watched, and
  * stored to once afterwards. A thread reads EVENTS as they come.
@@ -11,6 +12,8 @@
  * rate has several threads store at fixed times, and prints "rate STORES REPORTED LOST NANOSECONDS":
  * reports read, reports that an overflow said were lost, and the time from the first store to the
  * end of the last.
+ * burst stores to all pages, one after another, and prints "plain", "caught" and "scanned
+ * NANOSECONDS" for each page in each round: not watched, watched, and watched with _SCAN. Nobody reads.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -111,18 +114,26 @@ static void *read_events(void *unused)
 	return NULL;
 }
 
-static void set_up(const char *path)
+static void notify(int region, unsigned int events_wanted, unsigned int flags)
+{
+	struct mshare_notify notify = {
+		.size = pages * PAGE,
+		.events = events_wanted,
+		.mode = MSHAREFS_NOTIFY_LOG,
+		.flags = flags,
+	};
+
+	if (ioctl(region, MSHAREFS_NOTIFY, &notify))
+		fail("MSHAREFS_NOTIFY");
+}
+
+static int set_up(const char *path)
 {
 	struct mshare_create create = {
 		.size = pages * PAGE,
 		.prot = PROT_READ | PROT_WRITE,
 		.flags = MAP_SHARED | MAP_FIXED | MAP_ANONYMOUS,
 		.fd = (uint32_t)-1,
-	};
-	struct mshare_notify notify = {
-		.size = pages * PAGE,
-		.events = MSHAREFS_NOTIFY_WRITE,
-		.mode = MSHAREFS_NOTIFY_LOG,
 	};
 	int region = open(path, O_RDWR | O_CREAT, 0600);
 
@@ -135,9 +146,9 @@ static void set_up(const char *path)
 		fail("mmap");
 	for (size_t page = 0; page < pages; page++)
 		*(volatile char *)(memory + page * PAGE) = 1;
-	if (ioctl(region, MSHAREFS_NOTIFY, &notify))
-		fail("MSHAREFS_NOTIFY");
+	notify(region, MSHAREFS_NOTIFY_WRITE, 0);
 	told = calloc(pages, sizeof *told);
+	return region;
 }
 
 static void store(size_t page)
@@ -196,13 +207,40 @@ static void measure_rate(pthread_t reader)
 	printf("rate %zu %ld %ld %lld\n", pages, reported, lost, taken);
 }
 
+static void measure_burst(int region, unsigned long rounds)
+{
+	static const struct {
+		const char *name;
+		unsigned int events, flags;
+	} ways[] = {
+		{"plain", MSHAREFS_NOTIFY_DISARM, 0},
+		{"caught", MSHAREFS_NOTIFY_WRITE, 0},
+		{"scanned", MSHAREFS_NOTIFY_WRITE, MSHAREFS_NOTIFY_SCAN},
+	};
+
+	while (rounds--)
+		for (size_t way = 0; way < 3; way++) {
+			long long started;
+
+			notify(region, ways[way].events, ways[way].flags);
+			started = now();
+			for (size_t page = 0; page < pages; page++)
+				store(page);
+			printf("%s %lld\n", ways[way].name, (now() - started) / (long long)pages);
+		}
+}
+
 int main(int argc, char **argv)
 {
 	int rate = argc == 6 && !strcmp(argv[3], "rate");
+	int burst = argc == 6 && !strcmp(argv[3], "burst");
+	int region;
 	pthread_t reader;
 
-	if (!rate && (argc != 5 || strcmp(argv[3], "latency"))) {
-		fprintf(stderr, "usage: %s REGION EVENTS latency COUNT | rate PER_SECOND SECONDS\n",
+	if (!rate && !burst && (argc != 5 || strcmp(argv[3], "latency"))) {
+		fprintf(stderr,
+			"usage: %s REGION EVENTS latency COUNT | rate PER_SECOND SECONDS |"
+			" burst PAGES ROUNDS\n",
 			argv[0]);
 		return 2;
 	}
@@ -212,7 +250,11 @@ int main(int argc, char **argv)
 		interval = 1000000000LL / (long long)pages;
 		pages *= strtoul(argv[5], NULL, 10);
 	}
-	set_up(argv[1]);
+	region = set_up(argv[1]);
+	if (burst) {
+		measure_burst(region, strtoul(argv[5], NULL, 10));
+		return 0;
+	}
 	if (pthread_create(&reader, NULL, read_events, NULL))
 		fail("pthread_create");
 	if (rate) {

@@ -307,7 +307,13 @@ def _table_of_faults(rows: list[enforce.FaultRow]) -> Table:
         "until",
         "taken",
     )
-    names = {"store": "the store is done", "line": "a reader has its line"}
+    names = {
+        "store": "the store is done",
+        "line": "a reader has its line",
+        "plain": "of many, each: not watched",
+        "caught": "of many, each: watched",
+        "scanned": "of many, each: with --scan",
+    }
     for row in rows:
         shown.add_row(f"{names[row.until]:30}", _three(row.spread))
     return shown
