@@ -15,8 +15,6 @@ import signal
 import attrs
 import pytest
 
-from msharefs.abi import Gate
-from msharefs.client import connect
 from tests.conftest import GATE
 from tests.v3.actors import Caught
 from tests.v3.conftest import ALIGNMENT, ANON, PAGE, create_mapping, unmap
@@ -81,30 +79,24 @@ def alignment(request):
     return request.param
 
 
-@pytest.fixture(params=["anon", "file"])
-def kind(request):
-    return request.param
-
-
 @pytest.fixture(params=SIZES)
 def size(request):
     return SIZES[request.param]
 
 
-@pytest.fixture(params=["gated", "none"])
-def mount(mounts, alignment, request):
-    with_gate = gate if request.param == "gated" else "none"
-    options = "strict=v3," if alignment == "strict" else ""
-    return mounts(f"{options}gate={with_gate}")
+@pytest.fixture(params=["gated-anon", "gated-file", "none-anon"])
+def kind(request):
+    """With which gate, and what lies in the region; without one nobody is shown a file."""
+    return request.param.split("-")
 
 
 @pytest.fixture
-def case(mount, alignment, kind, size, tmp_path):
-    if kind == "file" and connect(mount.path).info().gate is Gate.NONE:
-        pytest.skip("without a gate nobody is shown a file")
+def case(mounts, alignment, kind, size, tmp_path):
+    options = "strict=v3," if alignment == "strict" else ""
+    mount = mounts(f"{options}gate={gate if kind[0] == 'gated' else 'none'}")
     file = tmp_path / "object"
     file.touch()
-    case = Case(mount, alignment == "strict", kind, size, file)
+    case = Case(mount, alignment == "strict", kind[1], size, file)
     yield case
     case.path.unlink(missing_ok=True)
 
@@ -138,7 +130,7 @@ def test_a_child_has_what_its_parent_mapped(case, actor, tmp_path):
     assert actor.call("peek", at) == 0x42, "which is the child's affair alone"
 
 
-@pytest.mark.parametrize("mount", ["gated"], indirect=True)
+@pytest.mark.parametrize("kind", ["gated-anon", "gated-file"], indirect=True)
 def test_access_after_unmap_is_a_sigsegv(case, actor, tmp_path):
     case.create()
     child = actor.fork(tmp_path)
@@ -152,7 +144,7 @@ def test_access_after_unmap_is_a_sigsegv(case, actor, tmp_path):
             assert one.call("poke", to + offset, 1) == Caught(signal.SIGSEGV, to + offset)
 
 
-@pytest.mark.parametrize("mount", ["gated"], indirect=True)
+@pytest.mark.parametrize("kind", ["gated-anon", "gated-file"], indirect=True)
 def test_what_is_mapped_again_is_there_at_once(case, actor):
     case.create()
     at = actor.map(case.path, case.window)
@@ -165,7 +157,7 @@ def test_what_is_mapped_again_is_there_at_once(case, actor):
     assert actor.call("poke", at + 1, 0x34) == 0
 
 
-@pytest.mark.parametrize("kind", ["anon"], indirect=True)
+@pytest.mark.parametrize("kind", ["gated-anon", "none-anon"], indirect=True)
 def test_a_region_lives_without_its_name_and_its_maker(case, actors):
     maker, user = actors(), actors()
     case.create()
@@ -176,3 +168,12 @@ def test_a_region_lives_without_its_name_and_its_maker(case, actors):
     maker.into.close()
     assert maker.process.wait(60) == 0
     assert user.call("peek", there) == 7
+
+
+@pytest.mark.parametrize("kind", ["none-file"], indirect=True)
+@pytest.mark.parametrize("size", ["4k"], indirect=True)
+def test_without_a_gate_nobody_is_shown_a_file(case):
+    fd = os.open(case.path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    os.ftruncate(fd, case.window)
+    assert case.fill(fd) == "ENOTSUP"
+    os.close(fd)
