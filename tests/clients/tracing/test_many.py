@@ -19,7 +19,7 @@ from msharefs.clients import native
 from msharefs.clients.borrow import vdso_instruction
 from msharefs.clients.gone import Gone
 from msharefs.clients.many import protect_many
-from msharefs.clients.replica import Step
+from msharefs.clients.replica import Protect
 from msharefs.clients.space import AddressSpace
 from msharefs.region.errors import ClientStuck, NotAdoptable
 from tests.clients.tracing.conftest import descriptors, until
@@ -419,9 +419,9 @@ async def test_everybody_obeys_and_who_cannot_is_named(way, start, tracer):
     assert prot == "r--p"
     places = [at, *(first_mapping(c.pid)[0] for c in (threaded, filtered)), at, 0]
     places[4] = first_mapping(stopped.pid)[0]
-    steps = [[Step(place, PAGE, Prot.READ | Prot.EXEC)] for place in places]
+    steps = [[Protect(place, PAGE, Prot.READ | Prot.EXEC)] for place in places]
     found = await protect_many(
-        tracer, [*pids, 0, usual.pid], [*steps, [], [Step(0, PAGE, Prot.NONE)]], 5.0
+        tracer, [*pids, 0, usual.pid], [*steps, [], [Protect(0, PAGE, Prot.NONE)]], 5.0
     )
     assert [type(one) for one in found] == [
         type(None),
@@ -445,7 +445,7 @@ async def test_another_program_is_gone(way, start, tracer, puppets):
     try:
         other.turn_into_puppet()
         at, _ = first_mapping(child.pid)
-        step = [Step(at, PAGE, Prot.READ | Prot.EXEC)]
+        step = [Protect(at, PAGE, Prot.READ | Prot.EXEC)]
         found = await protect_many(tracer, [child.pid, other.pid], [step, step], 5.0, spaces=spaces)
         assert found[0] is None
         assert isinstance(found[1], Gone)
@@ -458,7 +458,7 @@ async def test_another_program_is_gone(way, start, tracer, puppets):
 async def test_who_hangs_is_stuck(way, start, tracer):
     stuck, fine = start("vfork"), start("read")
     until(lambda: len(Path(f"/proc/{stuck.pid}/syscall").read_text().split()) > 1, "to wait")
-    step = [Step(first_mapping(fine.pid)[0], PAGE, Prot.READ | Prot.EXEC)]
+    step = [Protect(first_mapping(fine.pid)[0], PAGE, Prot.READ | Prot.EXEC)]
     found = await protect_many(tracer, [stuck.pid, fine.pid], [step, step], 0.3)
     assert isinstance(found[0], ClientStuck)
     assert found[1] is None
