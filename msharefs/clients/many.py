@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from msharefs.clients.borrow import Body, Borrowed
-    from msharefs.clients.replica import Step
+    from msharefs.clients.replica import Protect
     from msharefs.clients.space import AddressSpace
     from msharefs.clients.tracer import Session, Tracer
 
@@ -59,7 +59,7 @@ _MASK: Final = (1 << 64) - 1
 async def protect_many(
     tracer: Tracer,
     pids: Sequence[int],
-    steps: Sequence[Sequence[Step]],
+    steps: Sequence[Sequence[Protect]],
     limit: float,
     *,
     spaces: Sequence[AddressSpace] | None = None,
@@ -69,8 +69,8 @@ async def protect_many(
     """Have process ``pids[i]`` make ``steps[i]``, in order, up to the first that fails.
 
     ``limit``: seconds for all. ``spaces[i]``: the address space that is meant; another program's is
-    left alone, as Gone. ``known[i]``: as for ``borrow``. What can be the matter with one: NotAdoptable, ClientStuck, Gone (see ``borrow``), OSError
-    of a step. Not to be cancelled.
+    left alone, as Gone. ``known[i]``: as for ``borrow``. What can be the matter with one:
+    NotAdoptable, ClientStuck, Gone (see ``borrow``), OSError of a step. Not to be cancelled.
     """
     outcomes: list[Exception | None] = [None] * len(pids)
     left: Iterable[int] = range(len(pids))
@@ -96,7 +96,7 @@ async def protect_many(
     return outcomes
 
 
-def protecting(steps: Sequence[Step]) -> Body[None]:
+def protecting(steps: Sequence[Protect]) -> Body[None]:
     """What a borrowed thread does for it."""
 
     def body(thread: Borrowed) -> Session[None]:
@@ -112,7 +112,7 @@ def protecting(steps: Sequence[Step]) -> Body[None]:
 
 async def _natively(
     pids: Sequence[int],
-    steps: Sequence[Sequence[Step]],
+    steps: Sequence[Sequence[Protect]],
     limit: float,
     spaces: Sequence[AddressSpace] | None,
     known: Sequence[bool] | None,
