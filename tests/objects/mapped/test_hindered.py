@@ -262,3 +262,50 @@ def test_the_server_is_killed_and_the_file_stays(at, clients, make):  # noqa: F8
     assert one.load(PAGE) == str(ord("?"))
     one.end()
     subprocess.run(["umount", "-l", at.served.path], check=True)
+
+
+def opened_long_ago(at, one):
+    """It has a descriptor, and the gate follows it no more."""
+    where = one.open(at.path)
+    assert where >= 0
+    until(lambda: status(one.pid, "TracerPid") == "0", "to be let go by the gate")
+    return where
+
+
+def census(at):
+    """Opening and closing a region is a reason to look who maps it."""
+    os.close(os.open(at.path, os.O_RDWR))
+
+
+def test_found_by_the_census_it_is_shown_the_file(at, clients, make):  # noqa: F811
+    fd, one = make(), clients()
+    where = opened_long_ago(at, one)
+    at.region.map(0, 2 * PAGE, "rw-", fd=fd)
+    assert map_now(one, where) == "ok"
+    census(at)
+    until(lambda: at.state(one.pid) == "replica", "to be adopted")
+    assert (one.load(0), one.load(PAGE), one.load(2 * PAGE)) == (A, B, "0")
+    one.end()
+
+
+def test_found_by_the_census_and_not_to_be_shown_it_sees_nothing(
+    at,
+    clients,  # noqa: F811
+    make,
+    tmp_path,
+):
+    fd, one = make(), clients()
+    where = opened_long_ago(at, one)
+    assert one.do(f"chroot {elsewhere(tmp_path)}") == "ok"
+    at.region.map(0, 2 * PAGE, "rw-", fd=fd)
+    assert map_now(one, where) == "ok"
+    census(at)
+    until(lambda: one.load(0) == f"{SIGSEGV} 0", "to be shut out")
+    assert one.load(PAGE) == f"{SIGSEGV} {PAGE}"
+    assert one.load(2 * PAGE) == "0"
+    state, why = at.standing(one.pid)
+    assert state == "unenforced"
+    assert "does not see the mount" in why
+    refused(errno.EPERM, at.region.protect, 0, PAGE, "r--")
+    at.region.unmap(0, 2 * PAGE)
+    one.end()
