@@ -3,6 +3,8 @@
 For: ``written.py``. Leaves out: how they come to be noted (a userfaultfd with WP_ASYNC), and that
 there is an address space to be asked about.
 
+:func:`try_noting` finds out, on memory of this process, whether the kernel can do all that.
+
 Source: ioctl PAGEMAP_SCAN in Documentation/admin-guide/mm/pagemap.rst.
 """
 
@@ -11,10 +13,28 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
+import os
 import struct
 from typing import Final, TypeAlias
 
+from msharefs.clients.arch import Number
 from msharefs.clients.gone import Gone
+from msharefs.clients.userfault import (
+    PAGE,
+    UFFD_USER_MODE_ONLY,
+    Feature,
+    Mode,
+    Outcome,
+    Userfault,
+    UserfaultUnavailable,
+)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+_NEEDED: Final = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_ASYNC
+"""By itself; a client's descriptor has more."""
 
 Range: TypeAlias = "tuple[int, int]"
 """``[start, end)``, addresses of a client, page-aligned."""
@@ -79,3 +99,33 @@ def scan(pagemap: int, start: int, end: int, *, rearm: bool) -> list[Range]:
             break
         start = walked
     return found
+
+
+def try_noting() -> None:
+    """Have the kernel note a store to memory of our own. Raises OSError if it cannot."""
+    flags = os.O_CLOEXEC | os.O_NONBLOCK | UFFD_USER_MODE_ONLY
+    fd = int(_libc.syscall(ctypes.c_long(Number.USERFAULTFD), ctypes.c_int(flags)))
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), "userfaultfd")
+    try:
+        userfault = Userfault.negotiate(fd, user_mode_only=True, features=_NEEDED)
+    except UserfaultUnavailable as error:
+        raise OSError(errno.EOPNOTSUPP, str(error)) from error
+    pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    memory = mmap.mmap(-1, PAGE)
+    view = ctypes.c_char.from_buffer(memory)
+    try:
+        at = ctypes.addressof(view)
+        outcomes = {userfault.register(at, PAGE, Mode.WP), userfault.protect(at, PAGE)}
+        before = scan(pagemap, at, at + PAGE, rearm=False)
+        memory[0] = 1
+        after = scan(pagemap, at, at + PAGE, rearm=True)
+    except NotNoted:
+        outcomes, before, after = set(), [], []
+    finally:
+        del view
+        userfault.close()
+        memory.close()
+        os.close(pagemap)
+    if outcomes != {Outcome.SERVED} or before or after != [(at, at + PAGE)]:
+        raise OSError(errno.EOPNOTSUPP, "stores are not noted")

@@ -187,9 +187,10 @@ class Watches:
                 pages.difference_update([page for page in pages if first <= page < last])
 
 
-def check_watchable(watch: Watch, mapping: Mapping) -> None:
+def check_watchable(watch: Watch, mapping: Mapping, *, notes: bool) -> None:
     """Raises Unsupported if accesses to what a mapping shows cannot be watched so.
 
+    ``notes``: the kernel can note stores.
     Source: the kinds of memory in userfaultfd(2), and what a read-only mapping does.
     """
     grasp = grasp_of(mapping)
@@ -205,6 +206,8 @@ def check_watchable(watch: Watch, mapping: Mapping) -> None:
         raise Unsupported(f"{where} is on storage: stores cannot be held")
     if watch.mode is NotifyMode.SIGNAL and watch.signo != SIGSEGV:
         raise Unsupported(f"{where} is on storage: no signal but SIGSEGV can be sent")
+    if watch.mode is NotifyMode.LOG and not notes:
+        raise Unsupported(f"{where} is on storage: this kernel cannot note stores to it")
 
 
 # -- one access

@@ -230,7 +230,7 @@ class Enforcer:
                 watches.disarm(part.start, part.end)
             if part.new is not None:
                 for watch in watches.within(part.start, part.end):
-                    check_watchable(watch, part.new)
+                    check_watchable(watch, part.new, notes=self.noting.available)
         if self._takes_only_write(change):
             size = change.ranges[-1].end - change.ranges[0].start
             if self.way(file, size) is Way.FAULT:

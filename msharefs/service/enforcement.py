@@ -77,6 +77,7 @@ class Enforcement:
             find=regions,
             tell=notifications.written,
         )
+        notifications.notes = self.noting.available
         self.enforcer: Final = Enforcer(
             device=device,
             tracer=self.tracer,

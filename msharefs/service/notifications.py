@@ -21,7 +21,7 @@ import trio
 from msharefs.abi import PAGE_SIZE, NotifyEvent, NotifyFlag, NotifyMode, OnTimeout, Prot
 from msharefs.clients import signals
 from msharefs.clients.faults import Answer
-from msharefs.region.errors import AccessDenied
+from msharefs.region.errors import AccessDenied, Unsupported
 from msharefs.region.events import Event, EventKind
 from msharefs.region.pages import page_down, page_up
 from msharefs.region.watch import Action, Watch, check_watchable, judge
@@ -75,6 +75,8 @@ class Notifications:
         """What was signalled since the last change: not again until there is another one."""
         self.settle: Settle | None = None
         """Set before anything is caught."""
+        self.notes = False
+        """Whether the kernel can note stores: set before anything is watched."""
         self._earlier: dict[int, Watches] = {}
         """Of regions that are just being armed: what was watched before."""
 
@@ -96,8 +98,10 @@ class Notifications:
         before = state.watches.copy()
         if args.events:
             watch = _watch(args)
+            if watch.scan and not self.notes:
+                raise Unsupported("this kernel cannot note stores")
             for mapping in file.region.table.overlapping(start, end):
-                check_watchable(watch, mapping)
+                check_watchable(watch, mapping, notes=self.notes)
             state.watches.arm(watch)
         else:
             state.watches.disarm(start, end)

@@ -23,6 +23,7 @@ import trio
 
 from msharefs.abi import Prot
 from msharefs.clients.gone import Gone
+from msharefs.clients.pagemap import try_noting
 from msharefs.clients.userfault import UserfaultUnavailable
 from msharefs.clients.written import make
 from msharefs.region.demand import Caught, Demand
@@ -78,6 +79,8 @@ class Noting:
         tell: Callable[[RegionFile, int, int, Actor], None],
     ) -> None:
         """``tell`` hears of ``[start, end)`` of a region and who has stored there."""
+        self.available: Final = _available()
+        """Whether the kernel can do it at all."""
         self._written = written
         self._roster = roster
         self._device = device
@@ -305,6 +308,15 @@ class Noting:
                 if start < end:
                     shift = span.offset - span.address
                     self._tell(file, start + shift, end + shift, actor)
+
+
+def _available() -> bool:
+    try:
+        try_noting()
+    except OSError as error:
+        log.info("stores cannot be noted: %s", error.strerror)
+        return False
+    return True
 
 
 def _without(told: SpanSet, low: int, high: int) -> list[Range]:

@@ -19,6 +19,7 @@ import attrs
 
 from msharefs.clients import native
 from msharefs.clients.gate import GateUnavailable
+from msharefs.clients.pagemap import try_noting
 from msharefs.memory import tmpfs
 from msharefs.service.gates import open_lsm_gate
 from msharefs.service.tryout import checked, other_process, try_ptrace
@@ -149,6 +150,11 @@ def _userfaultfd() -> str:
     return f"features {features:#x}"
 
 
+def _noting() -> str:
+    try_noting()
+    return "the kernel notes stores by itself (WP_ASYNC, PAGEMAP_SCAN)"
+
+
 def _pyfuse3() -> str:
     import pyfuse3  # noqa: PLC0415 - whether it can be imported is the question
 
@@ -189,6 +195,12 @@ _PROBES: Final = (
     ),
     ("detached-tmpfs", False, _tmpfs, "mount options size= and huge= will not be had"),
     ("userfaultfd", False, _userfaultfd, "CONFIG_USERFAULTFD; notifications will need it"),
+    (
+        "noted-stores",
+        False,
+        _noting,
+        "mshare notify --scan, and log of files on storage, need Linux 6.7 or newer",
+    ),
     (
         "many-clients",
         False,

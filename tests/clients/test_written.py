@@ -13,7 +13,7 @@ import trio
 
 from msharefs.clients.borrow import borrow
 from msharefs.clients.gone import Gone
-from msharefs.clients.pagemap import NotNoted, scan
+from msharefs.clients.pagemap import NotNoted, scan, try_noting
 from msharefs.clients.space import AddressSpace
 from msharefs.clients.tracer import Tracer
 from msharefs.clients.userfault import Outcome, UserfaultUnavailable
@@ -116,6 +116,22 @@ async def test_stores_by_threads_and_by_calls_are_found_until_armed_anew(start_t
         assert await look(written, noted, toucher) == []
         await toucher.do(f"w {5 * PAGE}")
         assert await look(written, noted, toucher) == [5]
+
+
+def test_the_trial_leaves_nothing_open():
+    before = os.listdir("/proc/self/fd")
+    try:
+        try_noting()
+    except OSError as error:
+        pytest.skip(f"stores cannot be noted here: {error}")
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_what_notes_nothing_is_told_apart(monkeypatch):
+    monkeypatch.setattr("msharefs.clients.pagemap._NEEDED", 0)
+    with pytest.raises(OSError, match="not noted") as caught:
+        try_noting()
+    assert caught.value.errno == errno.EOPNOTSUPP
 
 
 async def test_only_what_was_armed_is_noted(start_toucher, file):

@@ -8,7 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msharefs.abi import PAGE_SIZE, Kind, NotifyEvent, Prot
-from msharefs.region.demand import Caught, Demand, both, changed, cover, demands, serve
+from msharefs.region.demand import (
+    SCANNED,
+    SIGNALLED,
+    Caught,
+    Demand,
+    Grasp,
+    both,
+    changed,
+    cover,
+    demands,
+    grasp_of,
+    serve,
+)
 from msharefs.region.mapping import Mapping, ObjectRef
 from msharefs.region.spans import SpanSet
 from msharefs.region.table import MappingTable
@@ -204,3 +216,42 @@ def test_a_planned_file_is_shown_as_it_will_be(prots, sources, target, first):
     planned = demands(changed(cover(table, 0, PAGES * PAGE_SIZE), change.ranges))
     table.apply(change)
     assert planned == demands(cover(table, 0, PAGES * PAGE_SIZE))
+
+
+@given(
+    st.sampled_from(PROTS),
+    st.integers(0, 15),
+    st.booleans(),
+    st.sampled_from([Grasp.NONE, Grasp.NOTES]),
+)
+def test_what_cannot_be_caught_is_protected_by_its_mapping(prot, watched, by_fault, grasp):
+    has, caught = serve(prot, watched, by_fault=by_fault, grasp=grasp)
+    assert caught & ~Caught.NOTED == 0
+    assert not has & Prot.WRITE or prot & Prot.WRITE
+    stores = watched & NotifyEvent.WRITE and prot & Prot.WRITE and not watched & SIGNALLED
+    assert bool(caught) is bool(stores and grasp is Grasp.NOTES)
+    if watched & SIGNALLED and grasp is Grasp.NOTES:
+        assert not has & Prot.WRITE
+        assert bool(has) is bool(prot)
+    else:
+        assert has == prot
+
+
+@given(st.sampled_from(PROTS), st.booleans())
+def test_memory_that_is_scanned_is_protected_by_its_mapping_too(prot, by_fault):
+    has, caught = serve(prot, NotifyEvent.WRITE | SCANNED, by_fault=by_fault)
+    assert has == prot
+    assert caught == (Caught.NOTED if prot & Prot.WRITE else Caught.NOTHING)
+
+
+def test_what_can_be_known_depends_on_where_a_file_lies_and_how_it_was_opened():
+    stored = ObjectRef(Kind.FILE, ident=1, stored=True)
+    shmem = ObjectRef(Kind.FILE, ident=2)
+    every, read_only = Prot(7), Prot(5)
+    found = [
+        grasp_of(Mapping(0, PAGE_SIZE, Prot.READ, where, 0, most))
+        for where in (stored, shmem)
+        for most in (every, read_only)
+    ]
+    assert found == [Grasp.NOTES, Grasp.NONE, Grasp.FAULTS, Grasp.NONE]
+    assert grasp_of(None) is grasp_of(Mapping(0, PAGE_SIZE, Prot.READ)) is Grasp.FAULTS

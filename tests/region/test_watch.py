@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msharefs.abi import PAGE_SIZE, NotifyEvent, NotifyMode, OnTimeout, Prot
-from msharefs.region.watch import Action, Verdict, Watch, Watches, judge
+from msharefs.abi import PAGE_SIZE, Kind, NotifyEvent, NotifyMode, OnTimeout, Prot
+from msharefs.region.errors import Unsupported
+from msharefs.region.mapping import Mapping, ObjectRef
+from msharefs.region.watch import Action, Verdict, Watch, Watches, check_watchable, judge
 
 PAGES = 16
 READ, WRITE = NotifyEvent.READ, NotifyEvent.WRITE
@@ -140,3 +142,40 @@ def test_nothing_that_the_table_forbids_is_let_go():
         allowed = rights & Prot.WRITE if access is WRITE else rights
         denied = judge(Prot(rights), watched, access).action is Action.DENY
         assert denied is not bool(allowed)
+
+
+@given(st.lists(st.tuples(ranges, st.sampled_from([READ, WRITE]))))
+def test_fresh_pages_are_those_that_nobody_has_seen(steps):
+    watches, known = Watches(), set()
+    for (first, last), kind in steps:
+        found = watches.fresh(*of_pages(first, last), kind)
+        pages = [page for low, high in found for page in range(low // PAGE_SIZE, high // PAGE_SIZE)]
+        assert pages == [page for page in range(first, last) if (page, kind) not in known]
+        assert all(one[1] < other[0] for one, other in pairwise(found))
+        known.update((page, kind) for page in range(first, last))
+
+
+@pytest.mark.parametrize(
+    ("where", "most", "watch", "notes", "can"),
+    [
+        (False, 7, {"events": READ | WRITE, "mode": HOLD}, False, True),
+        (False, 5, {"events": WRITE, "mode": HOLD}, False, True),
+        (False, 5, {"events": READ}, True, False),
+        (True, 7, {"events": WRITE}, True, True),
+        (True, 7, {"events": WRITE}, False, False),
+        (True, 7, {"events": READ}, True, False),
+        (True, 7, {"mode": HOLD}, True, False),
+        (True, 7, {"mode": SIGNAL, "signo": 11}, False, True),
+        (True, 7, {"mode": SIGNAL, "signo": 10}, True, False),
+        (True, 5, {"mode": SIGNAL, "signo": 10}, True, True),
+    ],
+)
+def test_how_a_file_can_be_watched(where, most, watch, notes, can):
+    shown = Mapping(0, PAGE_SIZE, RO, ObjectRef(Kind.FILE, 1, stored=where), 0, Prot(most))
+    wanted = Watch(0, PAGE_SIZE, **watch)
+    check_watchable(wanted, Mapping(0, PAGE_SIZE, RW), notes=False)
+    if can:
+        check_watchable(wanted, shown, notes=notes)
+    else:
+        with pytest.raises(Unsupported):
+            check_watchable(wanted, shown, notes=notes)
