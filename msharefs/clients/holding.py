@@ -181,6 +181,11 @@ class Held(_InHand):
         self._pauses: deque[Pause] = deque()
         self._over = False
 
+    @property
+    def over(self) -> bool:
+        """Whether the thread is let go of, or about to be."""
+        return self._over
+
     async def placed(self) -> None:
         """Until the thread is seized: the request it waits in may be answered.
 
@@ -267,6 +272,7 @@ class Held(_InHand):
                 yield from self._follow(followed, registers.result, self._limits)
         except LetGo:
             return
+        self._over = True  # before it runs: what it does next is another's, or nobody's
         yield from followed.let_go()
 
     def _obey(self, tracee: Tracee, tell: Callable[[Any], None]) -> Session[None]:
@@ -396,7 +402,9 @@ class Hands:
         return len(self._held)
 
     def of_thread(self, tid: int) -> Held | None:
-        return self._held.get(tid)
+        """Who has it in hand. Not who has just let go of it, and is yet to be forgotten."""
+        held = self._held.get(tid)
+        return None if held is None or held.over else held
 
     def take(self, tid: int, pid: int, limits: Limits | None = None, what: object = None) -> Held:
         """Seize a thread that waits in a request of ours; await :meth:`Held.placed` first.

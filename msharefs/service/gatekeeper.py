@@ -30,6 +30,7 @@ from msharefs.clients.identity import hindrance, identify
 from msharefs.clients.lay import unmapping
 from msharefs.clients.placing import asked_mmap, moving, taken
 from msharefs.clients.procmap import MappedRange
+from msharefs.clients.ptrace import Busy
 from msharefs.region.errors import BadArgument, NoRoom, NotAdoptable, PrivateMapping, RegionError
 from msharefs.region.events import Event, EventKind
 from msharefs.region.mapping import PROTS
@@ -105,7 +106,7 @@ class Gatekeeper:
                 raise NotAdoptable(reason)  # noqa: TRY301
             held = self._enforcer.hands.take(actor.tid, actor.pid, limits, file)
             await held.placed()
-        except Gone:
+        except (Gone, Busy):  # Busy: it was let go of late, while it went on
             return None
         except NotAdoptable as error:
             if self._enforcer.strict or file.region.table.files:

@@ -8,6 +8,8 @@
  *   peek ADDR                   poke ADDR VALUE      (one byte)
  *   fork PATH...                a child, which goes on with what it reads from the first fifo and
  *                               writes to the second
+ *   often PATH LEN COUNT        map it and unmap it, again and again; says how often the address was no
+ *                               multiple of 512 GiB
  *   storm PATH LEN THREADS      so many threads open and map the region at the same moment; says how
  *                               many addresses are no multiple of 512 GiB, or failed
  */
@@ -55,6 +57,19 @@ static long map(const char *path, int mode, unsigned long address, unsigned long
 	close(fd);
 	errno = code;
 	return (long)found;
+}
+
+static long often(const char *path, unsigned long length, long count)
+{
+	unsigned long at;
+	long bad = 0;
+
+	while (count--) {
+		at = (unsigned long)map(path, O_RDWR, 0, length, PROT_READ, MAP_SHARED, 0);
+		bad += (at & ((1UL << 39) - 1)) != 0;
+		munmap((void *)at, length);
+	}
+	return bad;
 }
 
 static pthread_barrier_t together;
@@ -125,7 +140,9 @@ int main(void)
 		else if (sscanf(line, "poke %li %li", (long *)&a, (long *)&b) == 2) {
 			*(volatile unsigned char *)a = (unsigned char)b;
 			say(0);
-		} else if (sscanf(line, "storm %4095s %li %li", path, (long *)&a, (long *)&b) == 3)
+		} else if (sscanf(line, "often %4095s %li %li", path, (long *)&a, (long *)&b) == 3)
+			say(often(path, a, (long)b));
+		else if (sscanf(line, "storm %4095s %li %li", path, (long *)&a, (long *)&b) == 3)
 			say(storm(path, a, (long)b));
 		else if (sscanf(line, "fork %4095s %4095s", path, other) == 2) {
 			pid_t child = fork();

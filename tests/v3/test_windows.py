@@ -169,6 +169,11 @@ def test_threads_that_map_at_once_all_find_a_place(region, actor):
     assert len(starts) == 48
 
 
+def test_who_comes_again_at_once_is_attended_to_again(region, actor):
+    path, _ = region
+    assert actor.call("often", path, ALIGNMENT, 1000) == 0
+
+
 def test_no_place_is_enomem(region, actor):
     path, _ = region
     found = 0
