@@ -106,6 +106,11 @@ class Region:
         return whole and not self.table.files and self.rights == grown
 
     @property
+    def lets_private(self) -> bool:
+        """Whether MAP_PRIVATE is let be: it is a copy of memory, also where a file lies."""
+        return self.semantics.private and not self.table.files
+
+    @property
     def descriptors(self) -> int:
         """How many descriptors are open."""
         return sum(self._descriptors.values())

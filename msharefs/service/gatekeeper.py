@@ -161,7 +161,7 @@ class Gatekeeper:
     @staticmethod
     def _judge(file: RegionFile, call: MmapCall) -> None:
         if call.flags & MAP_TYPE == MAP_PRIVATE:
-            if not file.region.semantics.private:
+            if not file.region.lets_private:
                 raise PrivateMapping("mmap() with MAP_PRIVATE: only MAP_SHARED is a share")
             return
         file.region.check_mmap(PROTS[call.prot & 7])

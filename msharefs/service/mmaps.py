@@ -76,7 +76,7 @@ class Mmaps:
         if file is None:
             return self._judge_placement(request)
         try:
-            if asked.private and file.region.semantics.private:
+            if asked.private and file.region.lets_private:
                 return GO_ON
             if asked.private:
                 raise PrivateMapping("mmap() with MAP_PRIVATE: only MAP_SHARED is a share")  # noqa: TRY301 - a refusal like all others
