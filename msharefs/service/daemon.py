@@ -47,6 +47,7 @@ from msharefs.service.naming import Naming, Opens
 from msharefs.service.nodes import Namespace
 from msharefs.service.notifications import Notifications
 from msharefs.service.placements import Placements
+from msharefs.service.ranges import Ranges
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -136,6 +137,7 @@ async def _serve(
         hold = _hold(enforcement, gate.kind)
         contents = Contents(changes)
         files = Files(handles, changes, contents, notifications, namespace.leaving, hold)
+        ranges = Ranges(handles, changes, contents, files)
         features = FEATURES | (Feature.HUGE if options.huge not in {None, "never"} else Feature(0))
         if enforcement is not None:
             features |= Feature.ENFORCE | Feature.NOTIFY | Feature.FILE_OBJECTS
@@ -158,13 +160,13 @@ async def _serve(
             operations.standing = enforcement.standing
         handlers = Handlers(
             ioctl=ioctls,
-            fallocate=files.fallocate,
+            fallocate=ranges.fallocate,
             read=files.read,
             write=files.write,
-            fsync=files.fsync,
+            fsync=ranges.fsync,
             poll=files.poll,
-            seek=files.seek,
-            copy=files.copy,
+            seek=ranges.seek,
+            copy=ranges.copy,
             opened=files.opened,
             lookup=naming.lookup,
             getattr=naming.getattr,

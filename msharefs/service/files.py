@@ -1,7 +1,8 @@
-"""Open files as the router serves them: read(), write(), and what allots, finds and copies data.
+"""Open files as the router serves them: how they are opened, read() and write().
 
-For: what pyfuse3 has no call for (passthrough, fallocate, lseek, copy_file_range), and what it has
-one for that does not say who is asking (read, write) or may not wait (events).
+For: what pyfuse3 has no call for (passthrough), and what it has one for that does not say who is
+asking (read, write) or may not wait (events). What allots, finds, copies and syncs data is in
+``ranges.py``.
 
 All of it obeys a region's table: a hole is ENXIO and a forbidden access EACCES, after a short
 count for what lies before it (the rules table in ``docs/ioctl.md``).
@@ -19,12 +20,7 @@ import trio
 from msharefs.abi import Prot
 from msharefs.clients.identity import identify
 from msharefs.fuse.handlers import OpenPlan
-from msharefs.memory.backing import (
-    FALLOC_FL_KEEP_SIZE,
-    FALLOC_FL_PUNCH_HOLE,
-    FALLOC_FL_ZERO_RANGE,
-)
-from msharefs.region.errors import AccessHole, BadArgument, RegionError, Unsupported
+from msharefs.region.errors import AccessHole, BadArgument, RegionError
 from msharefs.region.events import Event, EventKind
 from msharefs.service.errors import IsADirectory, WouldBlock
 from msharefs.service.handles import EventsHandle, PlacementHandle, RegionHandle, TextHandle
@@ -34,12 +30,8 @@ if TYPE_CHECKING:
 
     from msharefs.fuse.handlers import OpenedFile, Pending
     from msharefs.fuse.wire import (
-        CopyRequest,
-        FallocateRequest,
-        FsyncRequest,
         PollRequest,
         ReadRequest,
-        SeekRequest,
         WriteRequest,
     )
     from msharefs.region.events import Actor
@@ -54,22 +46,8 @@ Hold: TypeAlias = "Callable[[RegionFile, Actor], Awaitable[None]]"
 
 ALWAYS_READY: Final = select.POLLIN | select.POLLOUT | select.POLLRDNORM | select.POLLWRNORM
 READABLE: Final = select.POLLIN | select.POLLRDNORM
-OFFSET_END: Final = 1 << 63
-"""No file offset reaches this (off_t is signed)."""
-COPIED_AT_ONCE: Final = 64 << 20
-"""Bytes. copy_file_range(2) may be short, and so may be interrupted from time to time."""
 LEAVING_PATIENCE: Final = 0.2
 """Seconds that a write may wait, on a full mount, for the memory of files that are going."""
-_MODES: Final = frozenset(
-    {
-        0,
-        FALLOC_FL_KEEP_SIZE,
-        FALLOC_FL_ZERO_RANGE,
-        FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE,
-        FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-    }
-)
-"""Of fallocate(2). The kernel itself refuses the others on FUSE, with EOPNOTSUPP."""
 
 
 @attrs.frozen
@@ -80,7 +58,7 @@ class Files:
     _changes: Changes
     _contents: Contents
     _notifications: Notifications
-    _leaving: Callable[[], bool]
+    leaving: Callable[[], bool]
     """Whether there are nameless files that nobody has open, which the kernel has yet to forget."""
 
     _hold: Hold | None = None
@@ -117,7 +95,7 @@ class Files:
         """FUSE_READ."""
         handle = self._handles.get(request.fh)
         if isinstance(handle, RegionHandle):
-            _check_contents(handle.file)
+            check_contents(handle.file)
             self._changes.follow(handle.file)
             return self._read_region(handle, request)
         if isinstance(handle, TextHandle):
@@ -135,70 +113,18 @@ class Files:
         """FUSE_WRITE: how many bytes were taken."""
         handle = self._handles.get(request.fh)
         if isinstance(handle, RegionHandle):
-            _check_contents(handle.file)
+            check_contents(handle.file)
             self._changes.follow(handle.file)
             try:
                 return self._write_region(handle, request)
             except OSError as error:
-                if error.errno != errno.ENOSPC or not self._leaving():
+                if error.errno != errno.ENOSPC or not self.leaving():
                     raise
             return self._write_again(handle, request)
         if isinstance(handle, EventsHandle):
             holds = self._notifications.holds
             return holds.decide(request.data, handle.file, identify(request.pid))
         raise BadArgument("a file that the mount makes up")
-
-    def fallocate(self, request: FallocateRequest) -> Awaitable[None]:
-        """Mode 0 sets the size, as in the kernel series; it never shrinks. No other modes.
-
-        Where the mount's files are as tmpfs has them, mode 0 also gives memory to the range, and
-        the modes are those of tmpfs and ZERO_RANGE.
-        """
-        handle = self._handles.region(request.fh)
-        allocates = handle.file.region.semantics.allocates
-        if request.mode and not (allocates and request.mode in _MODES):
-            raise Unsupported(f"fallocate mode {request.mode:#x}")
-        end = request.offset + request.length
-        if end >= OFFSET_END:
-            raise BadArgument("offset plus length overflows")
-        actor = handle.actor(request.pid)
-        self._changes.follow(handle.file)
-        if allocates:
-            return self._allocate(handle, request)
-        if handle.file.region.semantics.sized_once:
-            if request.offset:
-                raise BadArgument(f"offset {request.offset:#x}: the size is all that can be set")
-            return self._changes.resize(handle.file, end, actor, "fallocate")
-        return self._changes.grow(handle.file, end, actor, "fallocate")
-
-    async def _allocate(self, handle: RegionHandle, request: FallocateRequest) -> None:
-        file, actor = handle.file, handle.actor(request.pid)
-        offset, length, mode = request.offset, request.length, request.mode
-        clears = bool(mode & (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE))
-
-        def work() -> int:
-            if self._contents.clear(file, offset, length) < length:
-                raise Unsupported("a file lies there; fallocate() that")
-            if clears:
-                inside = max(min(length, file.region.limit - offset), 0)
-                file.region.check_writable(offset, inside)
-                file.backing.drop(offset, offset + length)
-            if not mode & FALLOC_FL_PUNCH_HOLE:
-                keep_size = bool(mode & FALLOC_FL_KEEP_SIZE)
-                file.backing.allocate(offset, length, keep_size=keep_size)
-            return 0 if mode & FALLOC_FL_KEEP_SIZE else offset + length
-
-        try:
-            await self._changes.growing_in_thread(file, work, actor, "fallocate")
-        except OSError as error:
-            if error.errno != errno.ENOSPC or not self._leaving():
-                raise
-            await self._left()
-            await self._changes.growing_in_thread(file, work, actor, "fallocate")
-        if clears:
-            self._wrote(handle, request.pid, "fallocate", offset, length)
-        else:
-            file.touch()
 
     def poll(self, request: PollRequest, wake: Callable[[], None] | None) -> int:
         """Whether it is ready: events come by and by, and all else always is."""
@@ -213,88 +139,7 @@ class Files:
             handle.reader.call_when_ready(wake)
         return 0
 
-    def seek(self, request: SeekRequest) -> int | Awaitable[int]:
-        """lseek(2) for SEEK_DATA and SEEK_HOLE: where memory has been touched, as tmpfs tells.
-
-        Of a file that lies there it is what that file's filesystem tells.
-        """
-        handle = self._handles.get(request.fh)
-        if not isinstance(handle, RegionHandle):
-            raise BadArgument("a file that the mount makes up has no holes")
-        self._changes.follow(handle.file)
-        if request.offset >= handle.file.region.size:  # also what was negative
-            raise AccessHole(f"{request.offset:#x} is past the region's end")
-        if handle.file.region.table.files:
-            later = self._contents.seek(handle.file, request.offset, request.whence, request.pid)
-            return self._changes.waited_for(handle.actor(request.pid), later)
-        try:
-            found = handle.file.backing.seek(request.offset, request.whence)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                raise AccessHole(f"no data from {request.offset:#x} on") from None
-            raise
-        return min(found, handle.file.region.size)
-
-    def fsync(self, request: FsyncRequest) -> Awaitable[None] | None:
-        """The files that lie in the region, to their storage; memory has none."""
-        handle = self._handles.get(request.fh)
-        if not isinstance(handle, RegionHandle) or not handle.file.region.table.files:
-            return None
-        limit, tid = handle.file.region.limit, request.pid
-        later = self._contents.sync(handle, 0, limit, tid, data_only=request.data_only)
-        return self._changes.waited_for(handle.actor(tid), later)
-
-    async def copy(self, request: CopyRequest) -> int:
-        """copy_file_range(2) between two files of the mount: how many bytes were copied."""
-        source, target = self._handles.get(request.fh), self._handles.get(request.target_fh)
-        if not isinstance(source, RegionHandle) or not isinstance(target, RegionHandle):
-            raise Unsupported("copied by the kernel's own means")  # which EOPNOTSUPP makes it do
-        origin, file = source.file, target.file
-        _check_contents(file)
-        self._changes.follow(origin)
-        self._changes.follow(file)
-        count = min(request.length, COPIED_AT_ONCE)
-        count = origin.region.readable(request.offset, count)
-        if not count:
-            return 0
-        via, actor = "copy_file_range", target.actor(request.pid)
-        count = await self._admitted(origin, request.offset, count, False, actor, via)
-        count = await self._admitted(file, request.target_offset, count, True, actor, via)
-        clear = min(
-            self._contents.clear(origin, request.offset, count),
-            self._contents.clear(file, request.target_offset, count),
-        )
-        if count and not clear:
-            return await self._copy_file(origin, target, request, count)
-        count, copied = clear, 0  # a file is the next call's
-
-        def work() -> int:
-            nonlocal copied
-            allowed = file.region.writable(request.target_offset, count)
-            while copied < allowed:
-                at, to = request.offset + copied, request.target_offset + copied
-                taken = origin.backing.copy_to(file.backing, at, to, allowed - copied)
-                if not taken:
-                    break
-                copied += taken
-            return request.target_offset + copied
-
-        await self._changes.growing_in_thread(file, work, actor, via)
-        return self._wrote(target, request.pid, via, request.target_offset, copied)
-
-    async def _copy_file(
-        self, origin: RegionFile, target: RegionHandle, request: CopyRequest, count: int
-    ) -> int:
-        """What begins with a file, at either end."""
-        count = target.file.region.writable(request.target_offset, count)
-        later = self._contents.copy(
-            origin, request.offset, target.file, request.target_offset, count, request.pid
-        )
-        copied = await self._changes.waited_for(target.actor(request.pid), later)
-        via = "copy_file_range"
-        return self._wrote(target, request.pid, via, request.target_offset, copied)
-
-    async def _admitted(
+    async def admitted(
         self, file: RegionFile, offset: int, length: int, store: bool, actor: Actor, via: str
     ) -> int:
         """How much of an access the watches let go, however long that takes."""
@@ -389,13 +234,13 @@ class Files:
                 return self._put_later(handle, request, written)
         else:
             written = file.backing.write(offset, data)
-        return self._wrote(handle, request.pid, "write", offset, written)
+        return self.wrote(handle, request.pid, "write", offset, written)
 
     async def _put_later(
         self, handle: RegionHandle, request: WriteRequest, later: Awaitable[int]
     ) -> int:
         written = await self._changes.waited_for(handle.actor(request.pid), later)
-        return self._wrote(handle, request.pid, "write", request.offset, written)
+        return self.wrote(handle, request.pid, "write", request.offset, written)
 
     def _write_watched(
         self, handle: RegionHandle, request: WriteRequest, allowed: int
@@ -444,38 +289,38 @@ class Files:
 
         pending = self._changes.growing(file, work, handle.actor(request.pid), "write")
         if pending is None:
-            return self._wrote(handle, request.pid, "write", offset, written)
+            return self.wrote(handle, request.pid, "write", offset, written)
 
         async def finished() -> int:
             await pending
-            return self._wrote(handle, request.pid, "write", offset, written)
+            return self.wrote(handle, request.pid, "write", offset, written)
 
         return finished()
 
     async def _write_past_watched_end(self, handle: RegionHandle, request: WriteRequest) -> int:
         file, offset, actor = handle.file, request.offset, handle.actor(request.pid)
         inside = min(len(request.data), file.region.limit - offset)
-        admitted = await self._admitted(file, offset, inside, True, actor, "write")
+        admitted = await self.admitted(file, offset, inside, True, actor, "write")
         if admitted < inside:
             request.data = request.data[:admitted]
         outcome = self._write_past_end(handle, request)
         return outcome if isinstance(outcome, int) else await outcome
 
     async def _write_again(self, handle: RegionHandle, request: WriteRequest) -> int:
-        await self._left()
+        await self.left()
         outcome = self._write_region(handle, request)
         return outcome if isinstance(outcome, int) else await outcome
 
-    async def _left(self) -> None:
+    async def left(self) -> None:
         """Wait for the memory of files that have been unlinked, or for too long.
 
         Their last close() or unlink() has returned, but the kernel tells us in its own time.
         """
         with trio.move_on_after(LEAVING_PATIENCE):
-            while self._leaving():  # noqa: ASYNC110 - the namespace knows no trio, and it is rare
+            while self.leaving():  # noqa: ASYNC110 - the namespace knows no trio, and it is rare
                 await trio.sleep(LEAVING_PATIENCE / 100)
 
-    def _wrote(self, handle: RegionHandle, tid: int, via: str, offset: int, length: int) -> int:
+    def wrote(self, handle: RegionHandle, tid: int, via: str, offset: int, length: int) -> int:
         file = handle.file
         self._changes.state(file).count("write_bytes", length)
         file.touch()
@@ -484,6 +329,6 @@ class Files:
         return length
 
 
-def _check_contents(file: RegionFile) -> None:
+def check_contents(file: RegionFile) -> None:
     if not file.region.semantics.contents:
         raise BadArgument("the kernel series has no read() or write() of a region")
