@@ -50,6 +50,12 @@ _ANONYMOUS: Final = int(MapFlag.ANONYMOUS)
 _NO_PROT: Final = ~int(PROT_ALL)
 _WRITE: Final = int(Prot.WRITE)
 _SHARED_VALIDATE: Final = int(MapFlag.SHARED_VALIDATE)
+_HUGETLB: Final = 0x40000
+_HUGE_SHIFT: Final = 26
+_HUGE_MASK: Final = 0x3F
+_HUGE_DEFAULT: Final = 21
+_HUGE_ORDERS: Final = frozenset({0, 21, 30})
+"""2 MiB, which is also the default, and 1 GiB: those of x86-64 (mmap(2), MAP_HUGE_2MB)."""
 _LEGACY: Final = 0x1F900
 """GROWSDOWN, DENYWRITE, EXECUTABLE, LOCKED, POPULATE, NONBLOCK and STACK, which mmap(2) always
 knows and which mean nothing in a region."""
@@ -221,6 +227,8 @@ class Region:
 
     def check_map(self, offset: int, size: int, prot: int, flags: int) -> int:
         """The checks of CREATE_MAPPING that need no object. Returns the range's end."""
+        if self.semantics.as_mmap:
+            size = _huge_size(offset, size, flags)
         end = self._change_end(offset, size)
         if flags & MAP_TYPE not in _SHARING:
             raise BadArgument("only MAP_SHARED objects may lie in a region")
@@ -342,6 +350,24 @@ class Region:
                 break
             at = mapping.end
         return min(at, end) - offset
+
+
+def _huge_size(offset: int, size: int, flags: int) -> int:
+    """mmap(2), MAP_HUGETLB: memory in whole huge pages, from a multiple of one on.
+
+    Such a range is one of ordinary memory here, by transparent huge pages where the mount has them.
+    """
+    if not flags & _HUGETLB:
+        return size
+    if not flags & _ANONYMOUS:
+        raise BadArgument("MAP_HUGETLB with a file: only those of hugetlbfs have that")
+    order = flags >> _HUGE_SHIFT & _HUGE_MASK
+    if order not in _HUGE_ORDERS:
+        raise BadArgument(f"there are no huge pages of 1 << {order} bytes")
+    page = 1 << (order or _HUGE_DEFAULT)
+    if offset % page:
+        raise BadArgument(f"offset {offset:#x} is not a multiple of {page}, a huge page")
+    return -(-size // page) * page
 
 
 def _check_validated(flags: int) -> None:

@@ -27,7 +27,8 @@ from tests.v3.conftest import (
 )
 
 SHARED, PRIVATE, VALIDATE, FIXED, ANONYMOUS = 1, 2, 3, 0x10, 0x20
-POPULATE, NOREPLACE = 0x8000, 0x100000
+POPULATE, NOREPLACE, HUGETLB = 0x8000, 0x100000, 0x40000
+HUGE = 2 << 20
 PROTECT, QUERY, NOTIFY, SYNC, INFO = 0x40187810, 0xC0487811, 0x40287812, 0x40187813, 0x80407814
 TCGETS = 0x5401
 KEEP_SIZE = 1
@@ -145,6 +146,12 @@ def test_every_ioctl_before_the_size_is_einval_and_unknown_ones_after_it_are_eno
         ("EINVAL", (0, PAGE, 3, ANONYMOUS | VALIDATE | FIXED)),
         ("", (0, PAGE, 3, ANON | POPULATE)),
         ("", (0, PAGE, 3, ANON | 1 << 30)),
+        ("", (HUGE, HUGE, 3, ANON | HUGETLB)),
+        ("EINVAL", (PAGE, HUGE, 3, ANON | HUGETLB)),
+        ("EINVAL", (HUGE, 0, 3, ANON | HUGETLB)),
+        ("EINVAL", (HUGE, HUGE, 3, ANON | HUGETLB | 30 << 26)),
+        ("EINVAL", (0, HUGE, 3, ANON | HUGETLB | 22 << 26)),
+        ("EINVAL", (ALIGNMENT, HUGE, 3, ANON | HUGETLB)),
     ],
 )
 def test_create_mapping_takes_its_arguments_as_mmap_does(fresh, expected, arguments):
@@ -161,6 +168,21 @@ def test_create_mapping_replaces_and_rounds(strict, fresh):
         ("000000003000-000000004000", "r--s"),
     ]
     assert create_mapping(fd, PAGE, PAGE, 3, ANON | NOREPLACE) == "EEXIST", "as mmap(2)"
+
+
+@pytest.mark.parametrize(
+    ("flags", "sizes", "end"),
+    [
+        (HUGETLB, (1, HUGE), "200000"),
+        (HUGETLB | 21 << 26, (HUGE + 1, 2 * HUGE), "400000"),
+        (HUGETLB | 30 << 26, (1, HUGE), "40000000"),
+    ],
+)
+def test_memory_in_huge_pages_is_a_whole_number_of_them(strict, fresh, flags, sizes, end):
+    fd = fresh()
+    for size in sizes:
+        assert create_mapping(fd, 0, size, 3, ANON | flags) == ""
+        assert maps(strict) == [(f"{0:012x}-{end:0>12}", "rw-s")]
 
 
 def test_unmap_takes_its_arguments_as_munmap_does(strict, fresh):
@@ -213,6 +235,8 @@ def test_bad_objects(strict, fresh, tmp_path):
     assert create_mapping(fd, 0, PAGE, 3, SHARED | FIXED, obj=read_only) == "EACCES"
     flags = VALIDATE | FIXED | 1 << 30
     assert create_mapping(fd, 0, PAGE, 1, flags, obj=read_only) == "ENOTSUP"
+    flags = SHARED | FIXED | HUGETLB
+    assert create_mapping(fd, 0, PAGE, 1, flags, obj=read_only) == "EINVAL"
     os.close(read_only)
     os.close(write_only)
     assert maps(strict) == []
