@@ -297,7 +297,7 @@ static void watching(int fd)
 	is("notify: log with a timeout", NOTIFY(1, .timeout_ms = 1), -EINVAL);
 	is("notify: log with on_timeout", NOTIFY(1, .on_timeout = 1), -EINVAL);
 	is("notify: on_timeout", NOTIFY(1, .mode = MSHAREFS_NOTIFY_HOLD, .on_timeout = 2), -EINVAL);
-	is("notify: flags", NOTIFY(1, .flags = 1), -EINVAL);
+	is("notify: flags", NOTIFY(1, .flags = 2), -EINVAL);
 	is("info", R(ioctl(fd, MSHAREFS_INFO, &info)), 0);
 	good = info.features & MSHAREFS_FEATURE_NOTIFY ? 0 : -EOPNOTSUPP;
 	is("notify: log", NOTIFY(1, .mode = MSHAREFS_NOTIFY_LOG), good);
