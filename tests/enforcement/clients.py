@@ -40,6 +40,7 @@ PATIENCE = 60
 PROGRAMS = Path(__file__).parent / "programs"
 INCLUDE = Path(__file__).parents[2] / "msharefs" / "include"
 BLOCKED = str(Path(__file__).parents[1] / "clients" / "tracing" / "blocked.c")
+VIEWER = str(Path(__file__).parents[1] / "objects" / "property" / "viewer.c")
 WARNINGS = ("-O1", "-Wall", "-Wextra", "-Werror")
 
 
@@ -53,6 +54,7 @@ BUILDS: dict[str, tuple[tuple[str, ...], Callable[[Path], list[str]]]] = {
     "c-static": (("client.c",), _c("client.c", "-pthread", "-static")),
     "c-raw": (("client.c", "raw.h"), _c("client.c", *_RAW)),
     "blocked": ((BLOCKED,), _c(BLOCKED, "-pthread")),
+    "viewer": ((VIEWER,), _c(VIEWER)),
     "storm": (("storm.c",), _c("storm.c", "-pthread")),
     "go": (("client.go",), lambda out: ["go", "build", "-o", f"{out}/a.out", "client.go"]),
     "java": (("Client.java",), lambda out: ["javac", "-d", str(out), "Client.java"]),
