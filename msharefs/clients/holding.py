@@ -186,6 +186,11 @@ class Held(_InHand):
         """Whether the thread is let go of, or about to be."""
         return self._over
 
+    def release(self) -> None:
+        """As in `_InHand`. Nothing once it is over: somebody else may have the thread in hand then."""
+        if not self._over:
+            super().release()
+
     async def placed(self) -> None:
         """Until the thread is seized: the request it waits in may be answered.
 
