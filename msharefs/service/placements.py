@@ -28,7 +28,8 @@ import attrs
 
 from msharefs.clients.lay import Laid
 from msharefs.clients.shown import Shown
-from msharefs.region.errors import ObjectAccess
+from msharefs.memory.examine import hides_its_mappings
+from msharefs.region.errors import ObjectAccess, Unsupported
 from msharefs.service.errors import NoSuchName
 from msharefs.service.nodes import OBJECTS_INO, OBJECTS_NAME
 
@@ -101,7 +102,10 @@ class Placements:
     # -- to be laid
 
     def pin(self, file: RegionFile, source: Source, *, writable: bool) -> Placement:
-        """The placement that shows ``source`` in this region, kept until :meth:`unpin`."""
+        """The placement that shows ``source`` in this region, kept until :meth:`unpin`.
+
+        Raises Unsupported if the object's filesystem does not let it be found in a client.
+        """
         placement = self._by_key.get((file.ino, source, writable))
         if placement is None:
             placement = self._make(file, source, writable=writable)
@@ -190,6 +194,11 @@ class Placements:
 
     def _make(self, file: RegionFile, source: Source, *, writable: bool) -> Placement:
         ident, delta = source if source is not None else (0, 0)
+        if source is not None and hides_its_mappings(self._objects.of(ident).fd):
+            raise Unsupported(
+                f"{self._objects.of(ident).path} lies on an overlay filesystem, where a mapping"
+                " cannot be told to be the region's"
+            )
         shown_object = self._objects.hold(ident) if source is not None else None
         ino = self._namespace.new_ino()
         placement = Placement(ino, file, Shown(file.ino, source, delta, writable), shown_object)
