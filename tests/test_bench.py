@@ -133,6 +133,42 @@ def test_enforcement_has_every_figure(environment):
 
 
 @needs_a_mount
+def test_file_objects_have_every_figure(environment):
+    done = bench(environment, "--quick", "--json", "--only", "objects")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)["objects"]
+    assert [(row["place"], row["clients"], row["size"] >> 20) for row in result["create"]] == [
+        (place, clients, size)
+        for place in ("disk", "memory")
+        for clients in (1, 10)
+        for size in (2, 32)
+    ]
+    spreads = [spread for row in result["create"] for spread in row["us"].values()]
+    for row in result["create"]:
+        assert set(row["us"]) == {"create", "first", "unmap", "mmap", "plain"}
+    assert [(row["place"], row["kind"]) for row in result["access"]] == [
+        (place, kind)
+        for place in ("disk", "memory")
+        for kind in ("touch", "read", "load", "write", "store")
+    ]
+    for row in result["access"]:
+        assert row["ratio"] > 0
+        assert row["pairs"] == row["region"]["count"] == row["plain"]["count"]
+        spreads += [row["region"], row["plain"]]
+    for spread in spreads:
+        assert spread["count"] > 0
+        assert 0 < spread["min"] <= spread["p50"] <= spread["p99"]
+
+
+@needs_a_mount
+def test_file_objects_are_shown_as_tables(environment):
+    done = bench(environment, "--quick", "--only", "objects")
+    assert done.returncode == 0, done.stderr
+    for row in ("2 MiB, disk", "32 MiB, memory", "sequential read", "random stores"):
+        assert f"\n {row} " in done.stdout
+
+
+@needs_a_mount
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
     "command",

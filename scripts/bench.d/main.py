@@ -15,6 +15,7 @@ import calls
 import click
 import enforce
 import memory
+import objects
 import postgresql
 import table
 from mounts import BenchError, check_possible, machine
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
     from samples import Spread
 
 PARTS = ("table", "memory", "calls")
-ASKED_FOR = ("enforce", "postgresql")
-"""Takes minutes, and 300 processes or a database: never measured unless asked for by name."""
-NEEDS_A_MOUNT = ("memory", "calls", "enforce", "postgresql")
+ASKED_FOR = ("enforce", "objects", "postgresql")
+"""Takes minutes, and 300 processes, a file of 2 GiB or a database: never measured unless asked for by name."""
+NEEDS_A_MOUNT = ("memory", "calls", "enforce", "objects", "postgresql")
+IN_SEVERAL = ("enforce", "objects")
+"""Measured into an object of several lists of rows."""
 
 
 @attrs.frozen
@@ -64,6 +67,8 @@ def main(*, only: str | None, quick: bool, as_json: bool) -> None:
       memory  first touch and bandwidth through a region, against a plain memfd
       calls   ioctls, stat and open+close, against a plain pyfuse3 filesystem
       enforce PROTECT in 300 processes, adoption, and watched stores (with --only alone: minutes)
+      objects a file of 2 GiB in a region: laid there with 1 and 100 clients, and used
+              (with --only alone: minutes, 2 GiB of disk and of memory)
       postgresql  its dynamic shared memory on automap mounts, against the same on /dev/shm
               (with --only alone: minutes)
 
@@ -87,7 +92,7 @@ def main(*, only: str | None, quick: bool, as_json: bool) -> None:
     if as_json:
         result: dict[str, Any] = {"machine": machine(), "quick": quick, "skipped": skipped}
         for part, rows in measured.items():
-            result[part] = rows.as_json() if part == "enforce" else [row.as_json() for row in rows]
+            result[part] = rows.as_json() if part in IN_SEVERAL else [row.as_json() for row in rows]
         print(json.dumps(result, indent=2))
     else:
         # Into a file or a pipe a table is as wide as it needs to be.
@@ -113,6 +118,10 @@ def _measure(parts: list[str], *, quick: bool) -> dict[str, Any]:
                 chosen = enforce.QUICK if quick else enforce.FULL
                 with _progress("enforce", chosen.steps) as advance:
                     measured[part] = enforce.measure(scratch, chosen, advance)
+            elif part == "objects":
+                size = objects.QUICK if quick else objects.FULL
+                with _progress("objects", size.steps) as advance:
+                    measured[part] = objects.measure(scratch, size, advance)
             elif part == "postgresql":
                 rounds = effort.query_rounds
                 with _progress("postgresql", rounds * len(postgresql.KINDS)) as advance:
@@ -162,8 +171,9 @@ def _show(
         "calls": _table_of_calls,
         "postgresql": _table_of_queries,
     }
+    several = {"enforce": _tables_of_enforcement, "objects": _tables_of_objects}
     for part, rows in measured.items():
-        tables = _tables_of_enforcement(rows) if part == "enforce" else [show[part](rows)]
+        tables = several[part](rows) if part in several else [show[part](rows)]
         for shown in tables:
             console.print()
             console.print(shown)
@@ -333,6 +343,46 @@ def _table_of_rates(rows: list[enforce.RateRow]) -> Table:
         numbers = (row.stores, row.rate, round(row.reached), row.reported, row.lost)
         shown.add_row(*(f"{number:,}" for number in numbers))
     return shown
+
+
+def _tables_of_objects(measured: objects.Measured) -> list[Table]:
+    created = _new_table(
+        "A file laid into a region: ms (p50  p99  min), and µs of the first load after it",
+        "plain: the first load after an mmap(2) of the file;"
+        " aim: the ioctl takes as long for any size",
+        "file",
+        "clients",
+        "CREATE_MAPPING",
+        "UNMAP",
+        "load",
+        "plain",
+    )
+    for row in measured.create:
+        created.add_row(
+            f"{row.size >> 20} MiB, {row.place}",
+            str(row.clients),
+            *(_three(row.spreads[call].divided(1000), 2) for call in ("create", "unmap")),
+            *(f"{row.spreads[call].p50:.1f}" for call in ("first", "plain")),
+        )
+    used = _new_table(
+        "A file in a region against a plain mapping of it: ms a pass (p50  p99  min)",
+        "ratio: region to plain in speed, median of the pairs; aim: 1.00 within noise",
+        "access",
+        "file",
+        "region",
+        "plain",
+        "ratio",
+    )
+    for access in measured.access:
+        used.add_row(
+            objects.KINDS[access.kind],
+            access.place,
+            _three(access.region),
+            _three(access.plain),
+            f"{access.ratios.p50:.3f}",
+            end_section=access.kind == list(objects.KINDS)[-1],
+        )
+    return [created, used]
 
 
 def _table_of_queries(rows: list[postgresql.QueryRow]) -> Table:
