@@ -128,6 +128,14 @@ class Armed:
     lacking: list[Range]
 
 
+@attrs.frozen
+class Found:
+    """What was ``written``; not ``whole``: some of what was asked about is not noted."""
+
+    written: list[Range]
+    whole: bool
+
+
 class Written:
     """All clients of a mount. Everything but :meth:`run` may be called before it runs."""
 
@@ -326,10 +334,10 @@ class Written:
 
     async def look(
         self, work: Sequence[tuple[Noted, Callable[[], Iterable[Range]]]]
-    ) -> list[list[Range] | None]:
+    ) -> list[Found | None]:
         """What each client has written in the ranges that its function, called in a thread, names.
 
-        None: it has gone, is stuck, or not all of that is noted. Nothing is armed anew.
+        None: it has gone, or is stuck. Nothing is armed anew.
         """
         if not work:
             return []
@@ -359,13 +367,13 @@ class _Round:
     """One look at many clients: what each thread has found, and when the last of them has."""
 
     def __init__(self, count: int) -> None:
-        self.results: list[list[Range] | None] = [None] * count
+        self.results: list[Found | None] = [None] * count
         self.done = trio.Event()
         self._missing = count
         self._lock = threading.Lock()
         self._token = trio.lowlevel.current_trio_token()
 
-    def put(self, index: int, found: list[Range] | None) -> None:
+    def put(self, index: int, found: Found | None) -> None:
         """From any thread."""
         with self._lock:
             self.results[index] = found
@@ -388,13 +396,19 @@ def _still(noted: Noted, ranges: Sequence[Range]) -> bool:
 def _look(
     noted: Noted,
     ranges: Callable[[], Iterable[Range]],
-    put: Callable[[list[Range] | None], None],
+    put: Callable[[Found | None], None],
 ) -> None:
     """In the client's lane."""
-    found: list[Range] | None = None
-    with suppress(Gone, NotNoted, OSError):
-        parts = [scan(noted.pagemap, start, end, rearm=False) for start, end in ranges()]
-        found = [written for part in parts for written in part]
+    found: Found | None = None
+    with suppress(Gone, OSError):
+        written: list[Range] = []
+        whole = True
+        for start, end in ranges():
+            try:
+                written += scan(noted.pagemap, start, end, rearm=False)
+            except NotNoted:
+                whole = False
+        found = Found(written, whole)
     noted.looking = False  # before anybody hears of it, who may ask again at once
     put(found)
 

@@ -266,9 +266,8 @@ class Enforcer:
         clients = self.roster.of_region(file.ino)
         self._remember_holder(file, pid, mark)
         region, ranges = file.region, change.ranges
-        for part in ranges:
-            if part.replaced:  # what shows another thing from then on is watched no more
-                await self.noting.settle(file, part.start, part.end)
+        if any(part.replaced for part in ranges):  # what shows another thing is watched no more
+            await self.noting.settle(file, ranges[0].start, ranges[-1].end)
         start, end = 0, END
         if len(region.table) > SMALL_TABLE and ranges:
             start, end = ranges[0].start, ranges[-1].end

@@ -104,7 +104,6 @@ class Noting:
         Those who have made no descriptor for it make one in ``sessions``. What could not be done, by
         client: Gone, ClientStuck, UserfaultUnavailable, OSError.
         """
-        self._some.set()
         failures: dict[Client, Exception] = {}
         lacking: dict[Client, list[Span]] = {}
 
@@ -112,8 +111,8 @@ class Noting:
             book = self._book(client, failures)
             if book is None:
                 return
-            known = book.armed.setdefault(file.ino, SpanSet())
             ranges = [(span.address, span.end) for span in spans]
+            known = book.armed.setdefault(file.ino, SpanSet())
             if not anew:
                 ranges = [part for part in ranges if known.within(*part) != [part]]
             try:
@@ -121,8 +120,10 @@ class Noting:
             except (Gone, ClientStuck, OSError) as error:
                 failures[client] = error
                 return
+            known = book.armed.setdefault(file.ino, SpanSet())  # it may be another one by now
             for part in ranges:
                 known.add(*part)
+            self._some.set()
             if anew:
                 book.told.pop(file.ino, None)
             self._report(file, client, spans, armed.written)
@@ -240,7 +241,9 @@ class Noting:
             await self._some.wait()
             await trio.sleep(max(self._period, RESTS * took))
             started = trio.current_time()
-            inodes = {inode for book in self._books.values() for inode in book.armed}
+            inodes = {
+                i for book in self._books.values() for i, spans in book.armed.items() if spans
+            }
             if not inodes:
                 self._some = trio.Event()
             for inode in inodes:
@@ -275,18 +278,27 @@ class Noting:
         )
         if self._rounds.get(file.ino) != started:
             return
+        again: dict[Client, list[Span]] = {}
         for client, spans, written in zip(clients, found, results, strict=True):
             book = self._books.get(client)
             if book is None:
                 continue
-            if written is None:  # it may have mapped something anew: the next change arms that
-                self.remapped(client, file.ino)
+            if written is None:
                 continue
+            if not written.whole:
+                again[client] = spans
             told = book.told.setdefault(file.ino, SpanSet())
-            new = [part for low, high in written for part in _without(told, low, high)]
+            new = [part for low, high in written.written for part in _without(told, low, high)]
             for low, high in new:
                 told.add(low, high)
             self._report(file, client, spans, new)
+        lock = self._state(file).lock
+        if not again or lock.locked():  # a change sees to it
+            return
+        async with lock:
+            for client in again:  # it has mapped something anew by its own means
+                self.remapped(client, file.ino)
+            await self.arm(file, again, _nobody, anew=False)
 
     def _noted(self, file: RegionFile) -> list[Demand]:
         """The parts of a region where stores are to be noted."""
@@ -308,6 +320,11 @@ class Noting:
                 if start < end:
                     shift = span.offset - span.address
                     self._tell(file, start + shift, end + shift, actor)
+
+
+async def _nobody(bodies: dict[Client, Body[Any]]) -> dict[Client, Any]:
+    """Sessions in which nobody is borrowed: who has made no descriptor is left as it is."""
+    return dict.fromkeys(bodies, UserfaultUnavailable("it was not asked to"))
 
 
 def _available() -> bool:

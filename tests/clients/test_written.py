@@ -17,7 +17,7 @@ from msharefs.clients.pagemap import NotNoted, scan, try_noting
 from msharefs.clients.space import AddressSpace
 from msharefs.clients.tracer import Tracer
 from msharefs.clients.userfault import Outcome, UserfaultUnavailable
-from msharefs.clients.written import Written, make
+from msharefs.clients.written import Found, Written, make
 
 PAGE = 4096
 SIZE = 1 << 20
@@ -83,7 +83,6 @@ def all_of(toucher):
 
 def pages(toucher, ranges):
     """The page numbers of ranges of addresses."""
-    assert ranges is not None
     return [
         page
         for low, high in ranges
@@ -93,7 +92,9 @@ def pages(toucher, ranges):
 
 async def look(written, noted, toucher):
     (found,) = await written.look([(noted, lambda: all_of(toucher))])
-    return pages(toucher, found)
+    assert found is not None
+    assert found.whole
+    return pages(toucher, found.written)
 
 
 async def test_stores_by_threads_and_by_calls_are_found_until_armed_anew(start_toucher, file):
@@ -142,10 +143,11 @@ async def test_only_what_was_armed_is_noted(start_toucher, file):
         for page in range(16):
             await toucher.do(f"w {page * PAGE}")
         (found,) = await written.look([(noted, lambda: part)])
-        assert pages(toucher, found) == [4, 5, 6, 7]
-        assert await written.look([(noted, lambda: all_of(toucher))]) == [None]
+        assert (pages(toucher, found.written), found.whole) == ([4, 5, 6, 7], True)
+        (found,) = await written.look([(noted, lambda: [*part, *all_of(toucher)])])
+        assert (pages(toucher, found.written), found.whole) == ([4, 5, 6, 7], False)
         assert pages(toucher, await written.release(noted, part)) == [4, 5, 6, 7]
-        assert await written.look([(noted, lambda: part)]) == [None]
+        assert await written.look([(noted, lambda: part)]) == [Found([], False)]
 
 
 async def test_more_ranges_than_one_call_tells_of(tmp_path, start_toucher):
@@ -202,7 +204,7 @@ async def test_a_child_is_noted_from_its_first_store(start_toucher, file):
                 assert armed.lacking == []
                 assert await look(written, young, toucher) == []
                 assert await written.release(young, all_of(toucher)) == []
-                assert await written.look([(young, lambda: all_of(toucher))]) == [None]
+                assert await written.look([(young, lambda: all_of(toucher))]) == [Found([], False)]
                 assert len(young.userfaults) == 1
             assert await look(written, noted, toucher) == [0]
             assert len(written) == 1

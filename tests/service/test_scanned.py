@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
+import time
 
 import pytest
 
 from msharefs.abi import Feature, NotifyEvent, NotifyMode
 from msharefs.client import Region
-from tests.service.test_notifications import MIB, PAGE, do, events_of, refused
+from tests.service.test_notifications import MIB, PAGE, PATIENCE, do, events_of, refused
 
 
 @pytest.fixture
@@ -153,6 +155,40 @@ def test_a_process_that_maps_it_and_has_one_thread_watches_itself(mount, region,
         memory[3 * PAGE] = 1
         assert found(events, 1) == [(3, os.getpid())]
         events.none()
+
+
+def test_what_is_mapped_later_by_a_process_itself_is_noted_soon(mount, region, events):
+    with Region.open(mount.path / "r") as opened, opened.mmap() as one:
+        region.notify(0, MIB, scan=True)
+        with opened.mmap() as other:
+            one[PAGE] = 1
+            assert found(events, 1) == [(1, os.getpid())]
+            told = None
+            for page in range(2, MIB // PAGE):  # each in vain until the second mapping is noted
+                other[page * PAGE] = 1
+                if select.select([events.fd], [], [], 0.05)[0]:
+                    told = events.next()
+                    break
+            assert told is not None
+            assert (told["via"], told["pid"]) == ("scan", os.getpid())
+
+
+def test_nothing_is_left_of_who_has_ended(mount, region, events, start):
+    one = start()
+    do(one, "w 0")
+    before = mount.descriptors()
+    region.notify(0, MIB, scan=True)
+    other = start()
+    for page in range(1, 4):
+        assert do(other, f"f {page * PAGE}") == "child wrote"
+        assert other.hear().endswith("status 0")
+    for toucher in (one, other):
+        toucher.process.kill()
+        toucher.process.wait()
+    deadline = time.monotonic() + PATIENCE
+    while mount.descriptors() > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_what_cannot_be_scanned_for_is_refused(region):
