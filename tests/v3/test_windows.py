@@ -171,7 +171,8 @@ def test_threads_that_map_at_once_all_find_a_place(region, actor):
 
 def test_who_comes_again_at_once_is_attended_to_again(region, actor):
     path, _ = region
-    assert actor.call("often", path, ALIGNMENT, 1000) == 0
+    times = 50 if gate == "lsm" else 1000  # in an emulated machine each takes a hundredfold
+    assert actor.call("often", path, ALIGNMENT, times) == 0
 
 
 def test_no_place_is_enomem(region, actor):
