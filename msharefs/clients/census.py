@@ -22,6 +22,7 @@ import errno
 import os
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -139,10 +140,7 @@ class Census:
     def at(self, pid: int, *, private: bool = False) -> Found | None:
         """What one process maps; None if nothing."""
         mapped = self._look(pid, f"{pid}/maps", private)
-        return self._found(pid, mapped) if mapped else None
-
-    def _found(self, pid: int, mapped: list[MappedRange]) -> Found:
-        return Found(pid, by_inode(translate(mapped, self.placed)))
+        return Found(pid, by_inode(mapped)) if mapped else None
 
     def last_pid(self) -> int:
         """The number given to a process or thread last, in our pid namespace.
@@ -179,14 +177,22 @@ class Census:
             looks = (at(pid, private=private) for pid in ids if pid != us)
             return [found for found in looks if found is not None]
         pids = [pid for pid in ids if pid != us]
-        answers = look_at_many(pids, self.device, proc=self._proc) if pids else []
         found: list[Found] = []
-        for pid, answer in zip(pids, answers, strict=True):
+        if not pids:
+            return found
+        answers = look_at_many(pids, self.device, proc=self._proc)
+        devices = self.placed.devices
+        others = [look_at_many(pids, device, proc=self._proc) for device in devices]
+        for pid, answer, *more in zip(pids, answers, *others, strict=True):
+            mapped: list[MappedRange] | None = None
             if isinstance(answer, bytes):
-                if answer:
-                    found.append(self._found(pid, unpacked(pid, answer)))
-            elif answer == errno.ESRCH and (mapped := self._look_at_threads(pid, private)):
-                found.append(self._found(pid, mapped))
+                if answer or any(more):
+                    elsewhere = zip(devices, map(partial(_unpacked, pid), more), strict=True)
+                    mapped = translate(unpacked(pid, answer), self.placed, elsewhere)
+            elif answer == errno.ESRCH:
+                mapped = self._look_at_threads(pid, private)
+            if mapped:
+                found.append(Found(pid, by_inode(mapped)))
         return found
 
     def _look(self, pid: int, path: str, private: bool) -> list[MappedRange] | None:
@@ -195,9 +201,10 @@ class Census:
         except OSError:
             return None  # gone meanwhile, or a process that nobody may look at
         try:
-            if private:
-                return all_mappings(maps, pid, self.device)
-            return shared_mappings(maps, pid, self.device)
+            look = all_mappings if private else shared_mappings
+            found = look(maps, pid, self.device)
+            others = [(other, shared_mappings(maps, pid, other)) for other in self.placed.devices]
+            return translate(found, self.placed, others)
         except Gone:
             # A kernel thread, or a process whose first thread has ended before the others.
             return None if path.count("/") > 1 else self._look_at_threads(pid, private)
@@ -300,13 +307,18 @@ def mapped_ranges(
         except OSError:
             continue  # gone meanwhile, or a process that nobody may look at
         try:
-            mapped = translate(all_mappings(maps, pid, device), placed)
+            others = [(other, shared_mappings(maps, pid, other)) for other in placed.devices]
+            mapped = translate(all_mappings(maps, pid, device), placed, others)
             found += [m for m in mapped if m.inode == inode]
         except (Gone, OSError):
             continue
         finally:
             os.close(maps)
     return found
+
+
+def _unpacked(pid: int, answer: bytes | int) -> list[MappedRange]:
+    return unpacked(pid, answer) if isinstance(answer, bytes) else []
 
 
 def _forks() -> int:

@@ -146,6 +146,17 @@ def all_mappings(maps: int, pid: int, device: int) -> list[MappedRange]:
     ]
 
 
+def listed_at(maps: int, address: int) -> tuple[int, int]:
+    """The device (as ``st_dev``) and inode of the file that is mapped there. Raises LookupError."""
+    for line in read_text(maps).splitlines():
+        fields = line.split(None, 5)
+        low, _, high = fields[0].partition(b"-")
+        if int(low, 16) <= address < int(high, 16):
+            major, _, minor = fields[3].partition(b":")
+            return os.makedev(int(major, 16), int(minor, 16)), int(fields[4])
+    raise LookupError(f"nothing is mapped at {address:#x}")
+
+
 def many_at_once() -> bool:
     """Whether there is :func:`look_at_many`."""
     return native.present and has_query()

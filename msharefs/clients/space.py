@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from msharefs.clients.procmap import MappedRange
-    from msharefs.clients.shown import Placed
+    from msharefs.clients.shown import Placed, Shown
 
     Files: TypeAlias = dict[int, list[MappedRange]]
     """Mappings by the inode of the file they show."""
@@ -97,6 +97,8 @@ class AddressSpace:
             raise
         self.cpu = -1
         """The processor that it was seen on last; -1: unknown."""
+        self.laid: dict[tuple[int, int, int], Shown] = {}
+        """What was laid in it of files that are listed as others (shown.py, ``Own``)."""
         self._layouts: dict[tuple[int, int], tuple[_Run, ...]] = {}
         self._lock = threading.Lock()
         self._users = 1
@@ -166,13 +168,12 @@ class AddressSpace:
     def _look(self, device: int, *, private: bool) -> list[MappedRange]:
         maps = self.enter()
         try:
-            if private:
-                found = all_mappings(maps, self.pid, device)
-            else:
-                found = shared_mappings(maps, self.pid, device)
+            look = all_mappings if private else shared_mappings
+            found = look(maps, self.pid, device)
+            others = [(o, shared_mappings(maps, self.pid, o)) for o in self.placed.devices]
         finally:
             self.leave()
-        return translate(found, self.placed)
+        return translate(found, self.placed, others, self.laid)
 
     def _windows_of_part(
         self, device: int, inode: int, part: tuple[int, int]
@@ -297,7 +298,8 @@ def files_of(spaces: Sequence[AddressSpace], device: int) -> list[Files | None]:
     """:meth:`AddressSpace.files` of many at once; None of one that has ended.
 
     Those who have mapped the same, as forked processes have, get the same object, again and again:
-    it is not to be changed, and its mappings do not tell whose they are (``pid`` is 0).
+    it is not to be changed, and its mappings do not tell whose they are (``pid`` is 0). All
+    ``spaces`` are of those who map files of one mount.
     """
     if not many_at_once():
         return [_files_or_none(space, device) for space in spaces]
@@ -312,27 +314,44 @@ def files_of(spaces: Sequence[AddressSpace], device: int) -> list[Files | None]:
                 continue
             entered.append(index)
         answers = look_at_many(maps, device)
+        devices = spaces[0].placed.devices if spaces else ()
+        others = [look_at_many(maps, other) for other in devices]
     finally:
         for index in entered:
             spaces[index].leave()
-    for index, answer in zip(entered, answers, strict=True):
+    for index, answer, *more in zip(entered, answers, *others, strict=True):
         if isinstance(answer, bytes):
-            found[index] = _read(device, answer, spaces[index].placed)
+            elsewhere = [(d, a) for d, a in zip(devices, more, strict=True) if a]
+            found[index] = _read(device, answer, spaces[index], elsewhere)
         elif answer != errno.ESRCH:
             raise OSError(answer, f"process {spaces[index].pid}: {os.strerror(answer)}")
     return found
 
 
-_known: dict[tuple[int, bytes], Files] = {}
+_known: dict[tuple[object, ...], Files] = {}
 
 
-def _read(device: int, answer: bytes, placed: Placed) -> Files:
+def _read(
+    device: int, answer: bytes, space: AddressSpace, elsewhere: list[tuple[int, bytes | int]]
+) -> Files | None:
     # What a placement stands for never changes, so what was said of it may be remembered.
-    files = _known.get((device, answer))
+    key: tuple[object, ...] = (device, answer)
+    others: list[tuple[int, list[MappedRange]]] = []
+    if elsewhere:
+        key = (device, answer, space.placed.changes, *elsewhere)
+        for other, more in elsewhere:
+            if not isinstance(more, bytes):  # it has ended meanwhile
+                return None
+            others.append((other, unpacked(0, more)))
+    files = _known.get(key)
     if files is None:
+        mapped = translate(unpacked(0, answer), space.placed, others, space.laid)
+        files = by_inode(mapped)
+        if elsewhere and space.placed.doubtful:  # then it is true of this one only
+            return files
         if len(_known) >= REMEMBERED:
             _known.clear()
-        files = _known[device, answer] = by_inode(translate(unpacked(0, answer), placed))
+        _known[key] = files
     return files
 
 

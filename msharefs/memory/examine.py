@@ -33,7 +33,6 @@ PROC_MAGIC: Final = 0x9FA0
 SYSFS_MAGIC: Final = 0x62656572
 TMPFS_MAGIC: Final = 0x01021994
 FUSE_MAGIC: Final = 0x65735546
-OVERLAYFS_MAGIC: Final = 0x794C7630
 O_PATH: Final = 0o10000000
 AT_EMPTY_PATH: Final = 0x1000
 """Source of the numbers: linux/magic.h, fcntl.h."""
@@ -130,14 +129,6 @@ def _examine(fd: int, prot: Prot, offset: int, region_devices: Devices) -> Exami
     own = _reopened(fd, writable=bool(most & Prot.WRITE))
     kept = fd if own is None else own
     return Examined(kept, identity, most, magic == TMPFS_MAGIC, own is not None, path)
-
-
-def hides_its_mappings(fd: int) -> bool:
-    """Whether a mapping of the file through another one is listed as the file's own in /proc.
-
-    An overlay filesystem replaces what mmap(2) was called for by a file of its own.
-    """
-    return _filesystem_magic(fd) == OVERLAYFS_MAGIC
 
 
 def _check_kind(fd: int, status: os.stat_result, region_devices: Devices) -> int:

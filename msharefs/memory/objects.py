@@ -68,6 +68,8 @@ class FileObject:
     path: str
     own: bool = True
     """Whether the open file description is ours alone."""
+    listed: tuple[int, int] | None = None
+    """Device (as ``st_dev``) and inode that its mappings are listed with; None: not known yet."""
     _limiter: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(THREADS))
     _lock: threading.Lock = attrs.field(factory=threading.Lock)
     failure: tuple[int, ObjectFailed] | None = None

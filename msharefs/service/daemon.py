@@ -129,7 +129,7 @@ async def _serve(
         notifications = Notifications(changes, namespace.find_region)
         enforcement, placements = None, None
         if gate.kind is not Gate.NONE:
-            placements = Placements(namespace, changes.objects)
+            placements = Placements(namespace, changes.objects, number)
             changes.census = _census_of(number, placements.placed)
             enforcement = Enforcement(
                 number, options, changes, notifications, namespace.find_region, placements, gate.lsm

@@ -45,6 +45,7 @@ from msharefs.region.pages import page_down, page_up
 from msharefs.region.semantics import MSHARE
 from msharefs.service.errors import NotAnIoctl, errno_of
 from msharefs.service.handles import DirectoryHandle, RegionHandle
+from msharefs.service.rehearsal import rehearse
 from msharefs.units import errno_name
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
     from msharefs.fuse.wire import IoctlRequest
     from msharefs.memory.examine import Examined
+    from msharefs.memory.objects import FileObject
     from msharefs.region.events import Actor
     from msharefs.region.mapping import Change
     from msharefs.region.semantics import Semantics
@@ -199,6 +201,7 @@ class Ioctls:
         objects, region = self._changes.objects, handle.file.region
         shown = objects.take(found)
         try:
+            await self._rehearse(handle.file, shown, args)
             detail = (
                 ("prot", PROTS[args.prot].text()),
                 ("object", shown.path),
@@ -224,6 +227,13 @@ class Ioctls:
             return outcome if isinstance(outcome, IoctlReply) else await outcome
         finally:
             objects.release(shown.ident)
+
+    async def _rehearse(self, file: RegionFile, shown: FileObject, args: CreateArgs) -> None:
+        enforcer = self._changes.enforcer
+        if enforcer is None:
+            return
+        prot, placements, device = PROTS[args.prot], enforcer.placements, enforcer.device
+        await rehearse(placements, device, file, shown, prot, args.region_offset, args.offset)
 
     async def _examined(self, args: CreateArgs, tid: int) -> Examined:
         """In a thread: the object's filesystem is asked, which may be dead, or this very mount.

@@ -23,7 +23,7 @@ from msharefs.clients.lay import laying, mount_path, obstacle
 from msharefs.clients.many import protecting
 from msharefs.clients.replica import Comparison, Map, Protect
 from msharefs.clients.space import files_of
-from msharefs.region.errors import ClientStuck, NotAdoptable, Unsupported
+from msharefs.region.errors import ClientStuck, NotAdoptable
 from msharefs.region.mapping import PROTS
 
 if TYPE_CHECKING:
@@ -74,14 +74,11 @@ async def lay(batch: Batch) -> dict[Client, Exception]:
             else:
                 mount, ways = plan
                 files: list[Laid] = []
-                try:
-                    for (source, writable), maps in ways.items():
-                        pinned.append(placements.pin(batch.file, source, writable=writable))
-                        files.append(placements.laid(pinned[-1], mount, maps))
-                except Unsupported as error:
-                    failures[client] = error
-                else:
-                    bodies[client] = laying(files, placements)
+                for (source, writable), maps in ways.items():
+                    pinned.append(placements.pin(batch.file, source, writable=writable))
+                    placements.record(pinned[-1], client.space, maps)
+                    files.append(placements.laid(pinned[-1], mount, maps))
+                bodies[client] = laying(files, placements)
         outcomes = await batch.sessions(bodies, LIMIT + LIMIT_EACH * len(bodies))
     finally:
         for placement in pinned:

@@ -27,17 +27,16 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import attrs
 
 from msharefs.clients.lay import Laid
-from msharefs.clients.shown import Shown
-from msharefs.memory.examine import hides_its_mappings
-from msharefs.region.errors import ObjectAccess, Unsupported
+from msharefs.clients.shown import Placed, Shown
+from msharefs.region.errors import ObjectAccess
 from msharefs.service.errors import NoSuchName
 from msharefs.service.nodes import OBJECTS_INO, OBJECTS_NAME
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Container, Iterable, Sequence
 
     from msharefs.clients.replica import Map
-    from msharefs.clients.shown import Placed
+    from msharefs.clients.space import AddressSpace
     from msharefs.memory.objects import FileObject, Objects
     from msharefs.region.demand import Source
     from msharefs.service.nodes import Namespace, RegionFile
@@ -46,6 +45,9 @@ DIRECTORY_MODE: Final = stat.S_IFDIR | 0o711
 """To be passed through, not to be listed."""
 MODE: Final = stat.S_IFREG | 0o666
 """Who may open one is not for the kernel to say: see :meth:`Placements.opened`."""
+
+CROWDED: Final = 1024
+"""Addresses at which something was laid: fewer are kept without looking which are left."""
 
 _Key: TypeAlias = "tuple[int, Source, bool]"
 
@@ -65,6 +67,12 @@ class Placement:
     """How many are about to have it laid somewhere."""
     told: int = 0
     """The lookups that the kernel was told to end; it does once nothing needs the file."""
+    listed: tuple[int, int] | None = None
+    """Device and inode that its mappings are listed with, if not its own. Then they do not keep it."""
+    shifts: dict[int, int] = attrs.field(factory=dict)
+    """If so, where it was laid: addresses less offsets in it, and ``Placed.changes`` by then."""
+    crowded: int = CROWDED
+    """So many that it is worth looking which of them are left."""
 
     @property
     def flags(self) -> int:
@@ -78,14 +86,16 @@ class Placement:
 
 
 class Placements:
-    """All placements of a mount."""
+    """All placements of a mount, the ``st_dev`` of which is ``device``."""
 
-    def __init__(self, namespace: Namespace, objects: Objects) -> None:
+    def __init__(self, namespace: Namespace, objects: Objects, device: int) -> None:
+        self._device = device
         self._namespace = namespace
         self._objects = objects
         self._by_ino: dict[int, Placement] = {}
         self._by_key: dict[_Key, Placement] = {}
-        self._shown: dict[int, Shown] = {}
+        self.placed: Final = Placed()
+        """What each stands for; it changes as they do."""
         self._expected: dict[int, tuple[int, int]] = {}
         """By thread: what it is about to open, and how."""
         self.drop_name: Callable[[int, bytes], None] = lambda _directory, _name: None
@@ -94,18 +104,10 @@ class Placements:
     def __len__(self) -> int:
         return len(self._by_ino)
 
-    @property
-    def placed(self) -> Placed:
-        """What each stands for, by inode; it changes as they do."""
-        return self._shown
-
     # -- to be laid
 
     def pin(self, file: RegionFile, source: Source, *, writable: bool) -> Placement:
-        """The placement that shows ``source`` in this region, kept until :meth:`unpin`.
-
-        Raises Unsupported if the object's filesystem does not let it be found in a client.
-        """
+        """The placement that shows ``source`` in this region, kept until :meth:`unpin`."""
         placement = self._by_key.get((file.ino, source, writable))
         if placement is None:
             placement = self._make(file, source, writable=writable)
@@ -122,7 +124,38 @@ class Placements:
         path = b"%s/%s/%d" % (mount, OBJECTS_NAME, placement.ino)
         return Laid(placement.ino, path, placement.flags, placement.shown.delta, steps)
 
+    def record(self, placement: Placement, space: AddressSpace, steps: Iterable[Map]) -> None:
+        """It is about to be laid there. To be told before, so that whoever looks knows it at once."""
+        listed = placement.object.listed if placement.object is not None else None
+        if listed is None or listed[0] == self._device:
+            return
+        placement.listed = listed
+        for step in steps:
+            shift = step.address - step.offset + placement.shown.delta
+            self.placed.lay(listed, shift, placement.shown)
+            placement.shifts[shift] = self.placed.changes
+            if len(space.laid) > CROWDED:
+                space.laid.clear()
+            space.laid[*listed, shift] = placement.shown
+
     # -- to be let go of
+
+    def elsewhere(self) -> list[Placement]:
+        """Those which are mapped, or were, by mappings that do not keep them."""
+        return [p for p in self._by_ino.values() if p.shifts and not p.pins]
+
+    def keep_only(self, placement: Placement, seen: Container[int], since: int) -> None:
+        """Somebody looked at everybody, and saw it at these shifts. ``since``: ``Placed.changes`` then.
+
+        What was laid after that is kept. Not while anybody is about to lay it.
+        """
+        assert placement.listed is not None, "it has shifts"
+        for shift, stamp in list(placement.shifts.items()):
+            if stamp <= since and shift not in seen:
+                del placement.shifts[shift]
+                self.placed.lift(placement.listed, shift, placement.shown)
+        placement.crowded = max(CROWDED, 2 * len(placement.shifts))
+        self._drop_if_unused(placement)
 
     def idle(self) -> list[Placement]:
         """Those which the kernel may know for no reason any more."""
@@ -185,7 +218,7 @@ class Placements:
         placements = list(self._by_ino.values())
         self._by_ino.clear()
         self._by_key.clear()
-        self._shown.clear()
+        self.placed.by_inode.clear()
         for placement in placements:
             if placement.object is not None:
                 self._objects.release(placement.object.ident)
@@ -194,23 +227,20 @@ class Placements:
 
     def _make(self, file: RegionFile, source: Source, *, writable: bool) -> Placement:
         ident, delta = source if source is not None else (0, 0)
-        if source is not None and hides_its_mappings(self._objects.of(ident).fd):
-            raise Unsupported(
-                f"{self._objects.of(ident).path} lies on an overlay filesystem, where a mapping"
-                " cannot be told to be the region's"
-            )
         shown_object = self._objects.hold(ident) if source is not None else None
         ino = self._namespace.new_ino()
         placement = Placement(ino, file, Shown(file.ino, source, delta, writable), shown_object)
         file.lookups += 1  # the region is not forgotten as long as a part of it is shown
         self._by_ino[ino] = self._by_key[file.ino, source, writable] = placement
-        self._shown[ino] = placement.shown
+        self.placed.by_inode[ino] = placement.shown
         return placement
 
     def _drop_if_unused(self, placement: Placement) -> None:
-        if placement.pins or placement.lookups or placement.opens:
+        if placement.pins or placement.lookups or placement.opens or placement.shifts:
             return
-        del self._by_ino[placement.ino], self._shown[placement.ino]
+        if self._by_ino.pop(placement.ino, None) is None:  # the mount has gone
+            return
+        del self.placed.by_inode[placement.ino]
         shown = placement.shown
         del self._by_key[shown.region, shown.source, shown.writable]
         if placement.object is not None:

@@ -11,20 +11,23 @@ shows to somebody. Costs nothing while nothing changes.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from msharefs.region.demand import source_of
+from msharefs.service.errors import errno_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from msharefs.clients.roster import Roster
+    from msharefs.clients.shown import Shown
     from msharefs.region.demand import Source
     from msharefs.service.changes import RegionState
     from msharefs.service.nodes import RegionFile
-    from msharefs.service.placements import Placements
+    from msharefs.service.placements import Placement, Placements
 
 PAUSE: Final = 0.05
 """Seconds between a reason to tidy up and the tidying, which many reasons share."""
@@ -53,6 +56,10 @@ class Tidy:
             await trio.sleep(PAUSE)
             self._reason = trio.Event()
             self._look()
+            try:
+                await self._look_at_everybody()
+            except Exception as error:  # noqa: BLE001 - the next one may go better
+                errno_of(error, "looking who is still shown files")
 
     def _look(self) -> None:
         shown: dict[RegionFile, set[Source]] = {}
@@ -65,6 +72,33 @@ class Tidy:
                 shown[file] = self._shown(file)
             if placement.shown.source not in shown[file]:
                 self._placements.let_go(placement)
+
+    async def _look_at_everybody(self) -> None:
+        """For placements whose mappings do not keep them: only looking tells whether there are any."""
+        shown: dict[RegionFile, set[Source]] = {}
+        todo: list[Placement] = []
+        for placement in self._placements.elsewhere():
+            file = placement.file
+            if file not in shown:
+                shown[file] = self._shown(file)
+            if (
+                placement.shown.source not in shown[file]
+                or len(placement.shifts) > placement.crowded
+            ):
+                todo.append(placement)
+        if not todo:
+            return
+        since = self._placements.placed.changes
+        await self._roster.survey(full=True)
+        seen: dict[Shown, set[int]] = {}
+        for client in self._roster:
+            for mapped in itertools.chain.from_iterable(client.files.values()):
+                if mapped.shown is not None:
+                    shift = mapped.start - mapped.offset + mapped.shown.delta
+                    seen.setdefault(mapped.shown, set()).add(shift)
+        for placement in todo:
+            if not placement.pins:
+                self._placements.keep_only(placement, seen.get(placement.shown, ()), since)
 
     def _shown(self, file: RegionFile) -> set[Source]:
         """What is shown in the region to anybody; memory, too, by who had it given back."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 
 import pytest
 
 from tests.enforcement.clients import PAGE, until
-from tests.objects.conftest import MIB, held, mounted, on_loop, refused
+from tests.objects.conftest import MIB, held, mounted, on_loop
 from tests.objects.mapped.conftest import pinned, text
 
 
@@ -29,6 +28,7 @@ PLACES = {
     "btrfs": lambda tmp_path: on_loop(tmp_path, "btrfs", 128 * MIB),
     "xfs": lambda tmp_path: on_loop(tmp_path, "xfs", 320 * MIB),
     "tmpfs": lambda tmp_path: mounted(tmp_path / "tmpfs", "-t", "tmpfs", "tmpfs"),
+    "overlay": overlay,
 }
 
 
@@ -49,23 +49,4 @@ def test_it_is_seen_and_let_go_of(share, tmp_path, kind):
         os.fsync(region.fd)
         region.unmap(0, 8 * PAGE)
         until(lambda: not (held(share.served, fd) or pinned(fd)), "the file to be let go of")
-        os.close(fd)
-
-
-def test_what_an_overlay_hides_is_not_shown(share, tmp_path):
-    with overlay(tmp_path) as directory:
-        fd = os.open(directory / "object", os.O_RDWR | os.O_CREAT, 0o600)
-        os.write(fd, b"a" * PAGE)
-        region = share.region(8)
-        client = share.mapped(region, pages=8)
-        refused(errno.EOPNOTSUPP, region.map, 0, PAGE, "rw-", fd=fd)
-        assert text(client, 8) == "........"
-        client.close()
-        share.clients.remove(client)
-        region.map(0, PAGE, "rw-", fd=fd)
-        assert os.pread(region.fd, 1, 0) == b"a"
-        late = share.start()
-        assert late.map(region.path, 8) == -errno.EOPNOTSUPP
-        region.unmap(0, 8 * PAGE)
-        until(lambda: not held(share.served, fd), "the file to be let go of")
         os.close(fd)

@@ -1,0 +1,54 @@
+"""Files of overlayfs, which puts a file of its own into each mapping: all that holds of other files."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.enforcement.clients import PAGE, until
+from tests.objects.conftest import overlay
+from tests.objects.mapped.test_changes import *  # noqa: F403 - the same tests, with other files
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+MNT_EXPIRE = 4
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+@pytest.fixture(autouse=True)
+def merged(tmp_path) -> Iterator[Path]:
+    """An overlay; nothing keeps it busy soon after the regions of a test have gone."""
+    place = tmp_path / "merged"
+    with overlay(tmp_path):
+        yield place
+        until(lambda: not busy(place), "everything of the overlay to be let go of")
+
+
+def busy(place: Path) -> bool:
+    """Whether anything of a mount is open or mapped. Source: umount2(2), MNT_EXPIRE."""
+    assert libc.umount2(os.fsencode(place), MNT_EXPIRE) == -1
+    code = ctypes.get_errno()
+    assert code in {errno.EAGAIN, errno.EBUSY}, os.strerror(code)
+    return code == errno.EBUSY
+
+
+@pytest.fixture
+def make(merged) -> Iterator[Callable[..., int]]:
+    """As for other files, all of them in the upper layer."""
+    made: list[int] = []
+
+    def new(first: str = "a", pages: int = 8, kind: str = "disk") -> int:
+        fd = os.open(merged / f"{kind}{len(made)}", os.O_RDWR | os.O_CREAT, 0o600)
+        made.append(fd)
+        os.write(fd, b"".join(bytes([ord(first) + page]) * PAGE for page in range(pages)))
+        return fd
+
+    yield new
+    for fd in made:
+        os.close(fd)
