@@ -13,6 +13,7 @@ Leaves out: what a failure means (``enforce.py``), what the layout is (``layout.
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -559,20 +560,23 @@ def _gated(windows: Iterable[MappedRange], moving: Iterable[Span], *, shut: bool
 
 
 def spans_of(windows: Iterable[MappedRange], wanted: Sequence[Demand], region: int) -> list[Span]:
-    """Where ``wanted`` lies in a client's address space."""
-    return [
-        Span(
-            window.start + max(demand.start - window.offset, 0),
-            min(demand.end, window.offset + window.end - window.start)
-            - max(demand.start, window.offset),
-            region,
-            max(demand.start, window.offset),
-            demand.caught,
-        )
-        for window in windows
-        for demand in wanted
-        if demand.start < window.offset + window.end - window.start and window.offset < demand.end
-    ]
+    """Where ``wanted`` lies in a client's address space; it ascends, and nothing of it overlaps.
+
+    Of a region that holds a thousand files a client has as many windows, and each meets one demand.
+    """
+    ends = [demand.end for demand in wanted]
+    spans: list[Span] = []
+    for window in windows:
+        low, high = window.offset, window.offset + window.end - window.start
+        for index in range(bisect_right(ends, low), len(wanted)):
+            demand = wanted[index]
+            if demand.start >= high:
+                break
+            start = max(demand.start, low)
+            address = window.start + start - low
+            size = min(demand.end, high) - start
+            spans.append(Span(address, size, region, start, demand.caught))
+    return spans
 
 
 def thread_count(pid: int) -> int:

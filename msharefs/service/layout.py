@@ -12,7 +12,7 @@ import attrs
 from msharefs.region.demand import SIGNALLED, Caught, Demand, Grasp, changed, cover, demands
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from msharefs.region.mapping import RangeChange
     from msharefs.region.region import Region
@@ -96,26 +96,28 @@ def anything(layout: Layout) -> list[Demand]:
 
 def newly(before: Sequence[Demand], after: Sequence[Demand]) -> list[Demand]:
     """What ``after`` catches and ``before`` did not, or not all of it. ``before`` covers it."""
-    return [new for old, new in _met(before, after) if new.caught & ~old.caught]
+    return [_part(n, *r) for o, n, *r in _met(before, after) if n.caught & ~o.caught]
 
 
 def no_longer(before: Sequence[Demand], after: Sequence[Demand]) -> list[Demand]:
     """What ``before`` caught and ``after`` does not, with what it does catch there."""
-    return [new for old, new in _met(before, after) if old.caught & ~new.caught]
+    return [_part(n, *r) for o, n, *r in _met(before, after) if o.caught & ~n.caught]
 
 
-def _met(before: Sequence[Demand], after: Sequence[Demand]) -> list[tuple[Demand, Demand]]:
-    """The two, cut where either of them changes, where both say something."""
-    met: list[tuple[Demand, Demand]] = []
+def _part(demand: Demand, start: int, end: int) -> Demand:
+    """Few of what meets are asked for, and a region may hold thousands: made only then."""
+    return attrs.evolve(demand, start=start, end=end)
+
+
+def _met(
+    before: Sequence[Demand], after: Sequence[Demand]
+) -> Iterator[tuple[Demand, Demand, int, int]]:
+    """The two and where they meet, cut where either of them changes, where both say something."""
     i = j = 0
     while i < len(before) and j < len(after):
         old, new = before[i], after[j]
         low, high = max(old.start, new.start), min(old.end, new.end)
         if low < high:
-            met.append((old, attrs.evolve(new, start=low, end=high)))
-        i += old.end == high
-        j += new.end == high
-        if low >= high:  # a gap in one of them
-            i += old.end <= new.start
-            j += new.end <= old.start
-    return met
+            yield old, new, low, high
+        i += old.end <= new.end
+        j += new.end <= old.end

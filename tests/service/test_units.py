@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 
 import pyfuse3
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from msharefs.abi import PROT_ALL
+from msharefs.clients.procmap import MappedRange
 from msharefs.memory.store import Store
+from msharefs.region.demand import Caught, Demand
 from msharefs.region.events import Event, EventKind
+from msharefs.service.batch import spans_of
 from msharefs.service.errors import (
     ERRNO_OF,
     BadRename,
@@ -23,6 +30,7 @@ from msharefs.service.errors import (
 )
 from msharefs.service.eventlog import EventLog, Reader
 from msharefs.service.filesystem import Filesystem
+from msharefs.service.layout import newly, no_longer
 from msharefs.service.nodes import RENAME_EXCHANGE, RENAME_NOREPLACE, Namespace
 from msharefs.service.options import MountOptions, OptionError
 
@@ -201,3 +209,51 @@ def test_a_read_that_waits_is_answered_by_the_event_itself():
     kinds = sorted(json.loads(data)["event"] for (data,) in (first, second))
     assert kinds == ["unlink", "write"], "each line to one of them"
     assert not given_up
+
+
+# -- what a region demands, in a process
+
+
+def by_page(demands):
+    return {page: d.caught for d in demands for page in range(d.start, d.end)}
+
+
+@st.composite
+def ascending(draw):
+    """Demands as a table has them: in order, with gaps, none of which overlaps another."""
+    bounds = sorted(draw(st.sets(st.integers(0, 30), max_size=12)))
+    kinds = st.sampled_from([Caught.NOTHING, Caught.STORES, Caught.STORES | Caught.ACCESSES])
+    return [
+        Demand(start, end, PROT_ALL, draw(kinds))
+        for start, end in itertools.pairwise(bounds)
+        if draw(st.booleans())
+    ]
+
+
+@given(
+    ascending(),
+    st.lists(st.tuples(st.integers(100, 200), st.integers(0, 30), st.integers(1, 10)), max_size=6),
+)
+def test_where_demands_lie_in_a_process_is_what_each_page_says(demands, places):
+    windows = [MappedRange(1, at, at + size, PROT_ALL, True, off) for at, off, size in places]
+    found = spans_of(windows, demands, 7)
+    caught = by_page(demands)
+    assert sorted(
+        (span.address + i, span.offset + i, span.caught, span.region)
+        for span in found
+        for i in range(span.size)
+    ) == sorted(
+        (at + i, off + i, caught[off + i], 7)
+        for at, off, size in places
+        for i in range(size)
+        if off + i in caught
+    )
+    assert all(span.size > 0 for span in found)
+
+
+@given(ascending(), ascending())
+def test_what_is_newly_caught_and_what_no_longer_is_what_each_page_says(before, after):
+    old, new = by_page(before), by_page(after)
+    both = old.keys() & new.keys()
+    assert by_page(newly(before, after)) == {p: new[p] for p in both if new[p] & ~old[p]}
+    assert by_page(no_longer(before, after)) == {p: new[p] for p in both if old[p] & ~new[p]}
