@@ -167,6 +167,10 @@ def _invoke(command: click.Command, arguments: list[str], program: str) -> int:
 
 
 def _explain(error: click.ClickException, program: str) -> None:
+    # Click 8.2 makes an error of what only shows help.
+    if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+        click.echo(error.format_message(), err=True)
+        return
     context = error.ctx if isinstance(error, click.UsageError) else None
     path = context.command_path if context else program
     where, _, command = path.partition(" ")

@@ -237,6 +237,12 @@ def test_mistakes_are_one_line_and_point_to_help():
         assert "--help" in err
 
 
+def test_without_a_command_the_help_is_shown():
+    status, out, err = run()
+    assert status in (Exit.OK, Exit.USAGE)
+    assert (out + err).strip() == run("--help")[1].strip()
+
+
 def test_debug_shows_where_an_error_came_from():
     status, _, err = run("--debug", "query", "/nowhere")
     assert status == Exit.NOT_FOUND
