@@ -72,6 +72,7 @@ _OWN_NAMES: Final = frozenset({CONTROL, ".objects", "mshare_info"})
 """What the root directory of a mount holds beside regions and directories."""
 _MOUNT_TABLE: Final = Path("/proc/self/mountinfo")
 _CHUNK: Final = 1 << 16
+_PATH_MAX: Final = 4096
 
 _Args = TypeVar("_Args", bound=Args)
 
@@ -571,11 +572,17 @@ class Mount:
         return RegionFile(self, name)
 
     def regions(self, directory: str = "") -> Iterator[RegionFile]:
-        """All regions in a directory of the mount and in those below it, by name."""
+        """All regions in a directory of the mount and in those below it, by name.
+
+        Those that lie too deep for a path (PATH_MAX, 4,096 bytes) are left out.
+        """
         with os.scandir(os.path.join(self.path, directory)) as found:  # noqa: PTH118
             entries = sorted(found, key=lambda entry: entry.name)
         for entry in entries:
             name = os.path.join(directory, entry.name)  # noqa: PTH118
+            longest = os.path.join(self.path, CONTROL, name, "clients")  # noqa: PTH118
+            if len(os.fsencode(longest)) >= _PATH_MAX:
+                continue
             if entry.is_dir(follow_symlinks=False):
                 if name not in _OWN_NAMES:
                     # Gone between the listing and now, or closed to us: not there for us.

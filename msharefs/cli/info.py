@@ -13,7 +13,7 @@ from msharefs.cli.command import define
 from msharefs.cli.exits import failing_as
 from msharefs.cli.targets import refusing_as, resolve_place
 from msharefs.cli.types import complete_regions
-from msharefs.units import format_size
+from msharefs.units import format_size, one_line
 
 if TYPE_CHECKING:
     from msharefs.cli.columns import Value
@@ -92,4 +92,4 @@ def _text(key: str, value: Value | list[str] | dict[str, int]) -> str:
         return ", ".join(f"{name} {count}" for name, count in value.items() if count) or "none"
     if key in _SIZES and isinstance(value, int):
         return f"{format_size(value)} ({value} bytes)" if value >= 1024 else f"{value} bytes"
-    return str(value)
+    return one_line(str(value))

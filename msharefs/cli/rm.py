@@ -10,6 +10,7 @@ from msharefs.cli.command import define
 from msharefs.cli.exits import Failure
 from msharefs.cli.targets import refusing_as, resolve
 from msharefs.cli.types import complete_regions
+from msharefs.units import one_line
 
 
 @define(
@@ -34,6 +35,6 @@ def command(files: tuple[str, ...]) -> None:
         except Failure as failure:
             failed.append(failure)
     for earlier in failed[:-1]:
-        click.echo(f"mshare: {earlier.format_message()}", err=True)
+        click.echo(one_line(f"mshare: {earlier.format_message()}"), err=True)
     if failed:
         raise Failure(failed[-1].message, failed[0].status)

@@ -24,6 +24,7 @@ import logging
 import os
 from collections import deque
 from contextlib import suppress
+from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
@@ -441,8 +442,18 @@ def _ask(tracee: Tracee) -> Session[Any]:
 
 
 def _link(tid: int, fd: int) -> str:
+    """What a descriptor refers to, to be compared; empty if there is none."""
     try:
-        return os.readlink(f"/proc/{tid}/fd/{fd}")  # noqa: PTH115 - a third of the cost
+        try:
+            return os.readlink(f"/proc/{tid}/fd/{fd}")  # noqa: PTH115 - a third of the cost
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            # A path of more than a page: the number of the mount and that of the inode will do.
+            text = Path(f"/proc/{tid}/fdinfo/{fd}").read_text()
+            return " ".join(
+                line for line in text.splitlines() if line.startswith(("mnt_id", "ino"))
+            )
     except OSError as error:
         if error.errno in {errno.ENOENT, errno.ESRCH}:
             return ""

@@ -73,6 +73,36 @@ def test_info_says_what_a_region_and_a_mount_are(mshare, mount):
     assert found["features"] == known
 
 
+def test_what_a_name_does_to_a_terminal(mshare, mount):
+    name = "a\nb\x1b[31m"
+    mshare("create", f"@{name}", "--size", "4K")
+    shown = [
+        mshare("info", f"@{name}"),
+        mshare("ls", str(mount.path)),
+        mshare("watch", f"@{name}", "--history", "--timeout", "0"),
+        mshare("rm", f"@{name}.", status=3),
+    ]
+    for text in shown:
+        assert r"a\nb\x1b[31m" in text
+        assert "\x1b" not in text
+
+
+def test_regions_that_no_path_reaches_are_not_in_the_way(mshare, mount):
+    mshare("create", "@r", "--size", "4K")
+    parents = [os.open(mount.path, os.O_RDONLY | os.O_DIRECTORY)]
+    for _ in range(17):
+        os.mkdir("d" * 255, dir_fd=parents[-1])
+        parents.append(os.open("d" * 255, os.O_RDONLY, dir_fd=parents[-1]))
+        os.close(os.open("r", os.O_RDWR | os.O_CREAT, dir_fd=parents[-1]))
+    listed = json.loads(mshare("ls", str(mount.path), "--json"))["regions"]
+    assert 10 < len(listed) < 17
+    assert "r" in {row["name"] for row in listed}
+    assert json.loads(mshare("info", str(mount.path), "--json"))["regions"] == len(listed)
+    mshare("objects", str(mount.path))
+    for parent in parents:
+        os.close(parent)
+
+
 def test_ioctl_sends_any_command_field_by_field(mshare):
     mshare("create", "@r", "--size", "1M")
     flags = "flags=MAP_SHARED|MAP_FIXED|MAP_ANONYMOUS"

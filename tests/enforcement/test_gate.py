@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
+import mmap
 import os
 import shutil
 import socket
@@ -236,3 +237,36 @@ def test_strict_undoes_a_change_that_does_not_reach_everybody(share_with):
     region.protect(0, PAGE, "r--")
     for client in clients:
         assert client.ranges() == [(0, 1, "r--"), (1, 3, "rw-")]
+
+
+def test_a_region_whose_path_is_longer_than_a_page(share):
+    """The kernel tells nobody a path of more than 4,096 bytes; the gate does without."""
+    depth = 24
+    parents = [os.open(share.served.path, os.O_RDONLY | os.O_DIRECTORY)]
+    try:
+        for _ in range(depth):
+            os.mkdir("d" * 200, dir_fd=parents[-1])
+            parents.append(os.open("d" * 200, os.O_RDONLY, dir_fd=parents[-1]))
+        fd = os.open("r", os.O_RDWR | os.O_CREAT, 0o600, dir_fd=parents[-1])
+        with Region(fd, "r") as region:
+            region.resize(4 * PAGE)
+            region.map(0, 2 * PAGE, "rw-")
+            with pytest.raises(OSError) as caught:
+                mmap.mmap(fd, 4 * PAGE, mmap.MAP_PRIVATE)
+            assert caught.value.errno == errno.EINVAL
+            with mmap.mmap(fd, 4 * PAGE) as memory:
+                memory[0] = 1
+                region.protect(0, PAGE, "r--")
+                with open("/dev/zero", "rb", buffering=0) as zeroes, memoryview(memory) as view:
+                    with pytest.raises(OSError) as caught:
+                        zeroes.readinto(view[:1])
+                    assert caught.value.errno == errno.EFAULT
+                    assert zeroes.readinto(view[PAGE : PAGE + 1]) == 1
+                assert memory[0] == 1
+    finally:
+        for parent in reversed(parents):
+            with contextlib.suppress(OSError):
+                os.unlink("r", dir_fd=parent)
+            with contextlib.suppress(OSError):
+                os.rmdir("d" * 200, dir_fd=parent)
+            os.close(parent)
