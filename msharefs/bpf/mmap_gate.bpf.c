@@ -26,6 +26,7 @@ typedef unsigned long long u64;
 #define __type(name, val) typeof(val) *name
 #define CORE __attribute__((preserve_access_index))
 #define INLINE static __attribute__((always_inline))
+#define FIELD_EXISTS 2 /* enum bpf_core_field_info_kind of libbpf */
 
 /* errno(3): the interface of mmap(2) and mprotect(2), so the numbers are fixed. */
 #define EPERM 1
@@ -43,6 +44,7 @@ typedef unsigned long long u64;
 /* Helpers by their number, which include/uapi/linux/bpf.h never changes. */
 static void *(*bpf_map_lookup_elem)(void *map, const void *key) = (void *)1;
 static u64 (*bpf_get_current_pid_tgid)(void) = (void *)14;
+static long (*bpf_probe_read_kernel)(void *to, u32 size, const void *from) = (void *)113;
 static long (*bpf_dynptr_from_mem)(void *data, u32 size, u64 flags, void *dynptr) = (void *)197;
 
 struct super_block {
@@ -54,7 +56,24 @@ struct inode {
 } CORE;
 struct file {
 	struct inode *f_inode;
+	u32 f_mode;
 } CORE;
+struct dentry {
+	struct super_block *d_sb;
+} CORE;
+struct vfsmount {
+	struct super_block *mnt_sb;
+} CORE;
+struct path {
+	struct vfsmount *mnt;
+	struct dentry *dentry;
+} CORE;
+/* A file that another filesystem opened to pass its own file through to; that one is user_path. */
+struct backing_file {
+	struct file file;
+	struct path user_path;
+} CORE;
+#define MAY_BE_BACKING (1u << 24 | 1u << 25) /* FMODE_BACKING has been either, in fs.h */
 struct vm_area_struct {
 	struct file *vm_file;
 } CORE;
@@ -237,6 +256,36 @@ int mmap_gate(u64 *ctx)
 	}
 }
 
+/*
+ * Whether what is mapped was opened as a file of our mount. Under passthrough the mapping is one of
+ * the file behind, wherever that lies; but the kernel keeps the path that it was opened by.
+ */
+INLINE int is_passed_through(struct file *file, struct settings *set)
+{
+	struct backing_file *backing = (struct backing_file *)file;
+	struct vfsmount *mnt = 0;
+	struct dentry *dentry = 0;
+	struct super_block *sb = 0, *same = 0;
+	u32 device = 0;
+
+	if (!__builtin_preserve_field_info(backing->user_path.dentry, FIELD_EXISTS))
+		return 0; /* open: this kernel keeps it in another way; the regions' memory is known */
+	if (!(file->f_mode & MAY_BE_BACKING))
+		return 0; /* not such a file */
+	/*
+	 * With the wrong one of the two bits there is no path behind struct file. So nothing is
+	 * believed before mount and name agree; what cannot be read stays zero.
+	 */
+	bpf_probe_read_kernel(&mnt, sizeof(mnt), &backing->user_path.mnt);
+	bpf_probe_read_kernel(&dentry, sizeof(dentry), &backing->user_path.dentry);
+	bpf_probe_read_kernel(&sb, sizeof(sb), &mnt->mnt_sb);
+	bpf_probe_read_kernel(&same, sizeof(same), &dentry->d_sb);
+	if (!sb || sb != same)
+		return 0; /* as above */
+	bpf_probe_read_kernel(&device, sizeof(device), &sb->s_dev);
+	return device && device == set->mount;
+}
+
 /* vma, reqprot, prot, others' verdict. mmap_lock is held: nobody can be asked here. */
 SEC("lsm/file_mprotect")
 int mprotect_gate(u64 *ctx)
@@ -254,9 +303,9 @@ int mprotect_gate(u64 *ctx)
 	file = vma->vm_file;
 	if (!file)
 		return 0; /* open: anonymous memory is not ours */
-	/* Under passthrough the mapping is one of the file that holds the memory. */
-	if (file->f_inode->i_sb->s_dev != set->memory)
-		return 0; /* open: not our memory */
+	/* Under passthrough the mapping is one of the file that holds the memory, or of an object. */
+	if (file->f_inode->i_sb->s_dev != set->memory && !is_passed_through(file, set))
+		return 0; /* open: neither our memory nor a file that lies in a region */
 	if (bpf_map_lookup_elem(&borrowed, &tid))
 		return 0; /* open: the daemon itself, in a thread that it holds */
 	if (set->whole)

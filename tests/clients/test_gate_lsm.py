@@ -30,6 +30,7 @@ from msharefs.service.gates import open_gate, open_lsm_gate
 from msharefs.service.mounts import unmount
 from msharefs.service.probe import probe_all
 from tests.conftest import serving
+from tests.objects.conftest import held, on_loop, overlay
 
 PATIENCE = 60
 PAGE = 4096
@@ -350,6 +351,36 @@ def test_a_clients_own_mprotect_is_refused(gated, region):
         assert in_child(lambda: protect(address, Prot.READ)) == errno.EACCES
     finally:
         assert libc.munmap(address, SIZE) == 0
+
+
+@pytest.mark.parametrize("kind", ["memfd", "ext4", "overlay"])
+def test_nor_may_it_change_that_of_a_file_in_the_region(gated, region, tmp_path, kind):
+    """Its mapping is one of that file, wherever it lies, and the file elsewhere is not watched."""
+    with contextlib.ExitStack() as stack:
+        if kind == "memfd":
+            fd = os.memfd_create("object")
+        else:
+            made = overlay(tmp_path) if kind == "overlay" else on_loop(tmp_path, kind, 16 << 20)
+            disk = stack.enter_context(made)
+            fd = os.open(disk / "object", os.O_RDWR | os.O_CREAT)
+        stack.callback(os.close, fd)
+        os.write(fd, b"x" * SIZE)
+        region.map(0, 4 * PAGE, "rw-", fd=fd)
+        stack.callback(gated.until, lambda: not held(gated, fd), "the file to be let go of")
+        stack.callback(region.unmap, 0, SIZE)
+        address, elsewhere = map_it(region.fd), map_it(fd)
+        assert min(address, elsewhere) > 0
+        stack.callback(libc.munmap, address, SIZE)
+        stack.callback(libc.munmap, elsewhere, SIZE)
+        assert ctypes.string_at(address, 1) == b"x"
+        for prot in (Prot.NONE, Prot.READ, RW, 7):
+            assert protect(address, prot) == errno.EACCES
+            assert protect(address, prot, SIZE) == errno.EACCES
+            assert protect(elsewhere, prot, SIZE) == 0
+        region.protect(PAGE, PAGE, "r--")  # the server goes on to be let
+        ctypes.memset(address, ord("y"), PAGE)
+        assert os.pread(fd, 1, 0) == b"y"
+        assert protect(address + PAGE, RW) == errno.EACCES
 
 
 @contextlib.contextmanager
