@@ -398,6 +398,7 @@ class Enforcer:
         to be done.
         """
         if not clients:
+            self.tidy.soon()  # who was shown something here may have unmapped it or ended
             return False
         strict = self.strict if strict is None else strict
         batch = Batch(self, file, layout, before, rearm=rearm, shuts=not strict)
