@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import select
@@ -151,6 +152,15 @@ def clients(programs):
     yield start
     for client in started:
         client.clean_up()
+
+
+def does_not_come_in(client, path, code=errno.EPERM):
+    """The gate refuses it: that of lsm its mmap(), the other its open() already."""
+    if GATE != "lsm":
+        assert client.open(path) == -code
+        return
+    assert client.open(path) >= 0
+    assert client.do(f"map {client.fd} {SIZE} 0 3") == str(-code)
 
 
 @attrs.define(eq=False)
