@@ -84,6 +84,7 @@ class MapFlag(IntFlag):
     FIXED = 0x10
     ANONYMOUS = 0x20
     NORESERVE = 0x4000
+    HUGETLB = 0x40000
     FIXED_NOREPLACE = 0x100000
 
 

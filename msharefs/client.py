@@ -92,7 +92,8 @@ class Mapping:
     ``object_offset`` is where that begins in the object, which for ``Kind.FILE`` is the inode
     ``object_ino`` of the device ``object_dev`` (major, minor). A ``maps`` file also tells the path
     of such a file, as the server sees it at that moment, and whether it is memory itself (tmpfs,
-    memfd); a query does not: None. Two mappings are compared without these.
+    memfd); a query does not: None. Two mappings are compared without these. ``huge``: memory that
+    asks for huge pages.
     """
 
     start: int
@@ -102,6 +103,7 @@ class Mapping:
     object_offset: int = 0
     object_dev: tuple[int, int] = (0, 0)
     object_ino: int = 0
+    huge: bool = False
     object_path: str | None = attrs.field(default=None, eq=False)
     object_shmem: bool | None = attrs.field(default=None, eq=False)
 
@@ -247,6 +249,7 @@ class Region:
         object: AnyPath | None = None,  # noqa: A002 - it is what the interface calls it
         object_offset: int = 0,
         replace: bool = True,
+        huge: bool = False,
     ) -> None:
         """Put memory at ``offset``, or the file ``object`` (or ``fd``) from ``object_offset`` on.
 
@@ -254,7 +257,8 @@ class Region:
         in the range goes, or with ``replace=False`` is in the way: FileExistsError. Raises OSError:
         EBUSY if someone has the region open or mapped with fewer rights, EINVAL for what is no
         regular file, EOPNOTSUPP for a file on a mount without Feature.FILE_OBJECTS, and what
-        mmap(2) says of that file.
+        mmap(2) says of that file. ``huge``: ask for huge pages, for memory alone (EINVAL);
+        EOPNOTSUPP on a mount without Feature.HUGE.
         """
         rights = parse_prot(prot)
         if object is not None:
@@ -263,7 +267,13 @@ class Region:
             opened = open_object(object, rights)
             try:
                 self.map(
-                    offset, size, rights, fd=opened, object_offset=object_offset, replace=replace
+                    offset,
+                    size,
+                    rights,
+                    fd=opened,
+                    object_offset=object_offset,
+                    replace=replace,
+                    huge=huge,
                 )
             finally:
                 os.close(opened)
@@ -271,6 +281,8 @@ class Region:
         flags = MapFlag.SHARED | MapFlag.FIXED
         if not replace:
             flags |= MapFlag.FIXED_NOREPLACE
+        if huge:
+            flags |= MapFlag.HUGETLB
         if fd is None:
             flags |= MapFlag.ANONYMOUS
             fd = 0xFFFFFFFF
@@ -303,6 +315,7 @@ class Region:
             size=found.size,
             prot=Prot(found.prot),
             kind=Kind(found.kind),
+            huge=bool(found.map_flags & MapFlag.HUGETLB),
             object_offset=found.object_offset,
             object_dev=(found.object_dev_major, found.object_dev_minor),
             object_ino=found.object_ino,
@@ -458,7 +471,7 @@ class RegionFile:
 _MAPS_LINE = re.compile(
     r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<prot>[-rwx]{3})[sp] (?P<offset>[0-9a-f]+)"
     r" (?P<major>[0-9a-f]+):(?P<minor>[0-9a-f]+) (?P<ino>[0-9]+)"
-    r" (?P<kind>anon|file|shmem)(?: (?P<path>.*))?",
+    r" (?P<kind>anon|huge|file|shmem)(?: (?P<path>.*))?",
     re.DOTALL,
 )
 _OCTAL = re.compile(r"\\([0-7]{3})")
@@ -481,7 +494,8 @@ def _parse_maps_line(line: str) -> Mapping:
         start=start,
         size=end - start,
         prot=Prot.parse(found["prot"]),
-        kind=Kind.ANON if found["kind"] == "anon" else Kind.FILE,
+        kind=Kind.ANON if found["kind"] in {"anon", "huge"} else Kind.FILE,
+        huge=found["kind"] == "huge",
         object_offset=offset,
         object_dev=(major, minor),
         object_ino=int(found["ino"]),

@@ -36,6 +36,7 @@ _HINTS: Final = {
     "map",
     examples=(
         "mshare map pool --anon --offset 0 --length 16M --prot rw-",
+        "mshare map pool --anon --offset 16M --length 64M --prot rw- --huge",
         "mshare map pool /var/lib/table --offset 16M --prot r--",
         "mshare map pool a.db --offset 32M --length 4M --object-offset 1M --prot rw-",
     ),
@@ -51,6 +52,9 @@ _HINTS: Final = {
 )
 @click.option("--prot", "rights", type=prot, required=True, help="Such as rw-, r-- or none.")
 @click.option("--object-offset", type=size, default="0", help="Where in OBJECT it begins.")
+@click.option(
+    "--huge", is_flag=True, help="With --anon: by huge pages. The mount needs -o huge=advise."
+)
 @click.option("--noreplace", is_flag=True, help="Fail if anything is mapped there already.")
 def command(
     file: str,
@@ -60,6 +64,7 @@ def command(
     length: int | None,
     rights: Prot,
     object_offset: int,
+    huge: bool,
     noreplace: bool,
 ) -> None:
     """Put memory, or OBJECT (a file), into a region.
@@ -73,13 +78,15 @@ def command(
     """
     if anon == (object is not None):
         raise click.UsageError("give either OBJECT or --anon")
+    if huge and not anon:
+        raise click.UsageError("--huge is for --anon, not for OBJECT")
     if anon and object_offset:
         raise click.UsageError("--object-offset is for OBJECT, not for --anon")
     region = resolve(file)
     with refusing_as("map", region), Region.open(region.path) as opened:
         if object is None:
             length = _whole_pages(opened.size - offset) if length is None else length
-            opened.map(offset, length, rights, replace=not noreplace)
+            opened.map(offset, length, rights, replace=not noreplace, huge=huge)
             return
         with _opened(region, object, rights) as fd:
             if length is None:

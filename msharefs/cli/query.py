@@ -17,11 +17,16 @@ from msharefs.cli.types import file_argument, size
 if TYPE_CHECKING:
     from msharefs.client import Mapping, RegionFile
 
-KIND_HELP: Final = "anon (the region's memory), file, or shmem (a file in memory: tmpfs, memfd)"
+KIND_HELP: Final = (
+    "anon (the region's memory), huge (memory that asks for huge pages), file, or shmem (a file in"
+    " memory: tmpfs, memfd)"
+)
 PATH_HELP: Final = "path of a file object, as the server sees it now"
 
 
 def kind(mapping: Mapping) -> str:
+    if mapping.huge:
+        return "huge"
     return "shmem" if mapping.object_shmem else mapping.kind.name.lower()
 
 

@@ -23,6 +23,7 @@ import trio
 from msharefs.clients.gone import Gone
 from msharefs.clients.space import AddressSpace, files_of
 from msharefs.region.mapping import PROTS
+from msharefs.region.spans import SpanSet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,7 +50,8 @@ class Attachment:
     """One region in one client.
 
     ``declared`` are the protections given to mmap(), by address ranges, as the gate recorded them.
-    ``armed`` are the ranges of the region that are watched there. ``why`` goes with UNENFORCED.
+    ``armed`` are the ranges of the region that are watched there. ``advised`` are the addresses for
+    which huge pages were asked for (``service/advising.py``). ``why`` goes with UNENFORCED.
     """
 
     inode: int
@@ -57,6 +59,7 @@ class Attachment:
     why: str = "not looked at yet"
     declared: list[tuple[int, int, Prot]] = attrs.field(factory=list)
     armed: list[tuple[int, int]] = attrs.field(factory=list)
+    advised: SpanSet = attrs.field(factory=SpanSet)
     faults: int = 0
     arriving: bool = False
     """It is about to map the region: a survey that does not see that yet changes nothing."""

@@ -57,8 +57,9 @@ extern "C" {
  *
  * prot is PROT_NONE or any of PROT_READ, PROT_WRITE, PROT_EXEC. flags must hold MAP_SHARED (or
  * MAP_SHARED_VALIDATE) and MAP_FIXED, and may hold MAP_ANONYMOUS (memory, zeroed; fd and offset are
- * ignored), MAP_FIXED_NOREPLACE, and MAP_NORESERVE, which changes nothing. Without MAP_ANONYMOUS, fd
- * is a descriptor of the calling process; it may be closed afterwards. What the range held before is
+ * ignored), with it MAP_HUGETLB (transparent huge pages, wherever a whole one fits),
+ * MAP_FIXED_NOREPLACE, and MAP_NORESERVE, which changes nothing. Without MAP_ANONYMOUS, fd is a
+ * descriptor of the calling process; it may be closed afterwards. What the range held before is
  * replaced, as with mmap(MAP_FIXED).
  *
  *     EACCES      the region is not open for writing; fd is not open for reading, or not for writing
@@ -68,9 +69,11 @@ extern "C" {
  *                 nothing has changed
  *     EEXIST      MAP_FIXED_NOREPLACE, and something is mapped in the range
  *     EINVAL      also: the object is no regular file, or is a region, secret memory, or a file of
- *                 hugetlbfs, procfs or sysfs; offset is not a multiple of the page size
+ *                 hugetlbfs, procfs or sysfs; offset is not a multiple of the page size;
+ *                 MAP_HUGETLB without MAP_ANONYMOUS
  *     ENOSPC      the mount's size= is used up
- *     EOPNOTSUPP  this mount has no file objects (see MSHAREFS_FEATURE_FILE_OBJECTS)
+ *     EOPNOTSUPP  this mount has no file objects (see MSHAREFS_FEATURE_FILE_OBJECTS), or with
+ *                 MAP_HUGETLB no huge pages (see MSHAREFS_FEATURE_HUGE)
  *     EPERM, ENODEV and the like   mmap(2) of the object says so: sealed against writing, PROT_EXEC
  *                 on a noexec mount, a file that cannot be mapped ...
  */
@@ -129,7 +132,7 @@ struct mshare_query {
 	uint32_t object_dev_major; /* out: device of a file object; 0 for memory */
 	uint32_t object_dev_minor; /* out */
 	uint32_t prot;             /* out: PROT_* */
-	uint32_t map_flags;        /* out: MAP_SHARED, and MAP_ANONYMOUS of memory */
+	uint32_t map_flags;        /* out: MAP_SHARED; of memory MAP_ANONYMOUS, MAP_HUGETLB */
 	uint32_t kind;             /* out: MSHAREFS_KIND_* */
 	uint32_t reserved2;        /* out: zero */
 };

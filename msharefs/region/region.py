@@ -38,6 +38,7 @@ KNOWN_FLAGS: Final = int(
     | MapFlag.FIXED
     | MapFlag.ANONYMOUS
     | MapFlag.NORESERVE
+    | MapFlag.HUGETLB
     | MapFlag.FIXED_NOREPLACE
 )
 
@@ -50,7 +51,7 @@ _ANONYMOUS: Final = int(MapFlag.ANONYMOUS)
 _NO_PROT: Final = ~int(PROT_ALL)
 _WRITE: Final = int(Prot.WRITE)
 _SHARED_VALIDATE: Final = int(MapFlag.SHARED_VALIDATE)
-_HUGETLB: Final = 0x40000
+_HUGETLB: Final = int(MapFlag.HUGETLB)
 _HUGE_SHIFT: Final = 26
 _HUGE_MASK: Final = 0x3F
 _HUGE_DEFAULT: Final = 21
@@ -109,7 +110,8 @@ class Region:
         if not self.limit:
             return True
         whole = len(self.table) == 1 and self.table.mapped == self.limit
-        return whole and not self.table.files and self.rights == grown
+        other = self.table.files or self.table.huge
+        return whole and not other and self.rights == grown
 
     @property
     def lets_private(self) -> bool:
@@ -221,7 +223,7 @@ class Region:
         prot &= PROT_ALL
         if obj.kind is Kind.ANON:
             object_offset = 0
-        kept = _SHARED | flags & _ANONYMOUS
+        kept = _SHARED | flags & (_ANONYMOUS | _HUGETLB)
         mapping = Mapping(offset, end, PROTS[prot], obj, object_offset, max_prot, kept)
         return self.table.plan_map(mapping, replace=not flags & _FIXED_NOREPLACE)
 
@@ -241,7 +243,15 @@ class Region:
         if unknown:
             raise BadArgument(f"flags {unknown:#x} have no meaning in a region")
         _check_prot(prot)
+        if flags & _HUGETLB:
+            self._check_huge(flags)
         return end
+
+    def _check_huge(self, flags: int) -> None:
+        if not flags & _ANONYMOUS:
+            raise BadArgument("MAP_HUGETLB is for memory: a file has the pages that it has")
+        if self.semantics.no_huge:
+            raise Unsupported(f"MAP_HUGETLB: {self.semantics.no_huge}")
 
     def plan_unmap(self, offset: int, size: int) -> Change:
         """UNMAP."""

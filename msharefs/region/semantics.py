@@ -47,6 +47,8 @@ class Semantics:
     do what the table says, as far as its descriptor's access mode allows, whatever it was made for.
     ``commands``: the ioctls that a region has.
     ``by_mknod``: mknod(2) makes regions, as open(2) does.
+    ``no_huge``: why CREATE_MAPPING with MAP_HUGETLB is refused, and what would help; empty where
+    the mount can ask for huge pages, or has them anyway.
     """
 
     grown: Prot = Prot.NONE
@@ -66,6 +68,7 @@ class Semantics:
     limited: bool = True
     commands: frozenset[Command] = frozenset(Command)
     by_mknod: bool = True
+    no_huge: str = "the mount has no huge pages of its own: mount with -o huge=advise"
 
 
 MSHARE: Final = Semantics()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from sortedcontainers import SortedList
 
-from msharefs.abi import Kind, Prot
+from msharefs.abi import Kind, MapFlag, Prot
 from msharefs.region.errors import HoleInRange, NothingThere, ObjectAccess, Occupied, StaleChange
 from msharefs.region.mapping import PROTS, Change, Mapping, RangeChange
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _OPEN: Final = (False, False)
 _FILE: Final = Kind.FILE
+_HUGETLB: Final = int(MapFlag.HUGETLB)
 
 
 class MappingTable:
@@ -46,6 +47,8 @@ class MappingTable:
         """Bytes mapped in all."""
         self.files = 0
         """How many of the mappings show a file."""
+        self.huge = 0
+        """How many of the mappings ask for huge pages."""
         self.version = 0
         """Goes up by one with every change applied."""
 
@@ -97,6 +100,16 @@ class MappingTable:
         found = [] if first is None else [first]
         found.extend(map(self._by_start.__getitem__, self._starts.irange(start, end, _OPEN)))
         return found
+
+    def asking_for_huge(self, start: int, end: int) -> list[tuple[int, int]]:
+        """The parts of the range where huge pages are asked for, lowest first."""
+        if not self.huge or start >= end:
+            return []
+        return [
+            (max(start, mapping.start), min(end, mapping.end))
+            for mapping in self.overlapping(start, end)
+            if mapping.flags & _HUGETLB
+        ]
 
     # -- planning
 
@@ -197,6 +210,7 @@ class MappingTable:
         removed, added = change.removed, change.added
         starts, by_start, by_end = self._starts, self._by_start, self._by_end
         counts, mapped, files = self._count_of_prot, self.mapped, self.files
+        huge = self.huge
         for mapping in added:
             if mapping.start not in by_start:
                 starts.add(mapping.start)
@@ -205,15 +219,17 @@ class MappingTable:
             counts[mapping.prot] -= 1
             mapped -= mapping.end - mapping.start
             files -= mapping.object.kind is _FILE
+            huge -= mapping.flags & _HUGETLB != 0
         for mapping in added:
             by_start[mapping.start] = by_end[mapping.end] = mapping
             counts[mapping.prot] += 1
             mapped += mapping.end - mapping.start
             files += mapping.object.kind is _FILE
+            huge += mapping.flags & _HUGETLB != 0
         for mapping in removed:
             if mapping.start not in by_start:
                 starts.remove(mapping.start)
-        self.mapped, self.files = mapped, files
+        self.mapped, self.files, self.huge = mapped, files, huge
         self.rights = change.rights_after
         self.version += 1
 

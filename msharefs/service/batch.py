@@ -35,6 +35,7 @@ from msharefs.clients.userfault import Outcome, UserfaultUnavailable, make
 from msharefs.region.demand import CAUGHT, Caught, Demand
 from msharefs.region.errors import ClientStuck
 from msharefs.region.mapping import PROTS
+from msharefs.service.advising import advising, forget_advice, missing_advice, note_advice
 from msharefs.service.laying import lay
 from msharefs.service.layout import newly, no_longer
 
@@ -159,6 +160,7 @@ class Batch:
         for client, windows in self.windows.items():
             if windows is not before.get(client):  # what was laid there is not noted yet
                 self.enforcer.noting.remapped(client, self.file.ino)
+                forget_advice(client, self.file.ino)
         return failures
 
     # -- what is caught
@@ -351,6 +353,8 @@ class Batch:
         same: dict[tuple[bool, int], list[Protect]] = {}  # by windows, which forked clients share
         whole = self.file.region.semantics.superset
         bodies: dict[Client, Body[None]] = {}
+        advised_only: dict[Client, Body[None]] = {}
+        advice = missing_advice(self)
         plain_steps: dict[Client, list[Protect]] = {}
         for client in list(self.windows):
             plain = client in self._uncatchable
@@ -376,12 +380,19 @@ class Batch:
                     steps.sort(key=lambda step: step.address)
                 same[plain, id(self.windows[client])] = steps
             zap = self._zap.get(client, [])
-            if zap or (steps and (client in self.run_by or client.sharers)):
+            if client in advice:
+                bodies_of = bodies if zap or steps else advised_only
+                bodies_of[client] = advising(advice[client], _protecting(steps, zap))
+            elif zap or (steps and (client in self.run_by or client.sharers)):
                 bodies[client] = _protecting(steps, zap)
             elif steps:
                 plain_steps[client] = steps
         self.touched = self.touched or bool(bodies or plain_steps)
-        outcomes = await self.sessions(bodies)
+        outcomes = await self.sessions(bodies | advised_only)
+        note_advice(self, advice, outcomes)
+        for client in advised_only:  # what is only advice is no reason for a change to fail
+            if not isinstance(outcomes[client], Gone):
+                del outcomes[client]
         outcomes.update(await self._protect(plain_steps))
         await self._by_children(plain_steps, outcomes)
         failures = {c: e for c, e in outcomes.items() if isinstance(e, Exception)}

@@ -184,7 +184,8 @@ def info_text(alignment: int) -> Iterator[bytes]:
 def maps_text(mappings: tuple[Mapping, ...], objects: Objects) -> Iterator[bytes]:
     r"""``START-END PROT OBJECT_OFFSET DEVICE INODE KIND PATH``, as /proc/PID/maps writes them.
 
-    KIND is ``anon``, ``file``, or ``shmem`` for a file that is memory itself. PATH, of files only,
+    KIND is ``anon``, ``huge`` for memory that asks for huge pages, ``file``, or ``shmem`` for a file
+    that is memory itself. PATH, of files only,
     is the server's; in it a newline is written ``\012``, and a backslash ``\134``. The files are
     looked at now, the text is made later.
     """
@@ -203,7 +204,13 @@ def _object_words(shown: FileObject) -> bytes:
 def _maps_pieces(mappings: tuple[Mapping, ...], shown: dict[int, bytes]) -> Iterator[bytes]:
     for first in range(0, len(mappings), MAPS_PER_PIECE):
         piece = mappings[first : first + MAPS_PER_PIECE]
-        yield b"".join(_maps_line(m) + shown.get(m.object.ident, b"anon") + b"\n" for m in piece)
+        yield b"".join(
+            _maps_line(m) + shown.get(m.object.ident, _memory_word(m)) + b"\n" for m in piece
+        )
+
+
+def _memory_word(mapping: Mapping) -> bytes:
+    return b"huge" if mapping.flags & MapFlag.HUGETLB else b"anon"
 
 
 def _maps_line(mapping: Mapping) -> bytes:

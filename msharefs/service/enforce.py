@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import attrs
 import trio
 
-from msharefs.abi import Kind, Prot
+from msharefs.abi import Kind, MapFlag, Prot
 from msharefs.clients.gone import Gone
 from msharefs.clients.identity import identify
 from msharefs.clients.policy import Enforce, Way, way
@@ -97,12 +97,16 @@ class Enforcer:
         enforce: Enforce,
         protect: Way,
         huge: bool,
+        advises: bool,
         tell: Callable[[RegionFile, Event], object],
         state: Callable[[RegionFile], RegionState],
         placements: Placements,
         guard: Guard | None = None,
     ) -> None:
-        """``guard`` wraps what borrowed threads do, for a gate that has to be told of it."""
+        """``advises``: huge pages are to be had where clients ask for them, and nowhere else.
+
+        ``guard`` wraps what borrowed threads do, for a gate that has to be told of it.
+        """
         self.device: Final = device
         self.tracer: Final = tracer
         self.hands: Final = hands
@@ -113,6 +117,7 @@ class Enforcer:
         self.strict: Final = enforce is Enforce.STRICT
         self._protect = protect
         self._huge = huge
+        self.advises: Final = advises
         self.tell = tell
         self.guard: Final = guard
         self.state = state
@@ -274,7 +279,13 @@ class Enforcer:
         old = layout_of(region, state, start, end)
         new = layout_of(region, state, start, end, ranges, after)
         gives = all(not part.lost and not part.replaced and part.old is not None for part in ranges)
-        return Move(self, file, old, new, clients, gives=gives)
+        asks = self.advises and any(
+            part.new is not None
+            and part.new.flags & MapFlag.HUGETLB
+            and (part.replaced or part.old is None)
+            for part in ranges
+        )
+        return Move(self, file, old, new, clients, gives=gives, asks=asks)
 
     async def begin_shrinking(
         self, file: RegionFile, state: RegionState, limit: int, after: After
@@ -555,6 +566,7 @@ class Enforcer:
         """
         batch = Batch(self, file, self.rule(file), ())
         batch.windows[client] = [window]
+        client.regions[file.ino].advised.remove(window.start, window.end)
         batch.run_by[client] = run
         try:
             failures = await batch.lay()

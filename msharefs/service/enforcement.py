@@ -89,6 +89,7 @@ class Enforcement:
             enforce=options.enforce,
             protect=options.protect,
             huge=options.huge not in {None, "never"},
+            advises=options.huge == "advise",
             tell=changes.tell,
             state=changes.state,
             placements=placements,

@@ -41,11 +41,13 @@ class Move:
         between: Layout | None = None,
         rearm: int = 0,
         gives: bool = False,
+        asks: bool = False,
     ) -> None:
         """``rearm`` as for a batch.
 
         ``gives``: nothing but rights to memory that is there already, so that there is nothing to
-        be done before the table is swapped.
+        be done before the table is swapped. ``asks``: the new table asks for huge pages where the
+        old one did not, which each client has to be told once it is in force.
         """
         self._enforcer = enforcer
         self._file = file
@@ -56,6 +58,7 @@ class Move:
         self._gives = gives and self.between == old
         # Nobody must see memory where a file belongs, whatever the mount's policy.
         self._strict = True if old.shows_files or new.shows_files else None
+        self._asks = asks
         self._seen = True
         """What has just been seen of the clients is still true."""
 
@@ -71,7 +74,7 @@ class Move:
     async def widen(self) -> None:
         """Give what the new layout gives; catch no more what it does not want to be caught."""
         self._enforcer.moves.pop(self._file.ino, None)
-        if self.between != self._new:
+        if self._asks or self.between != self._new:
             await self._bring_all(self._new, self.between.served)
 
     async def undo(self) -> None:

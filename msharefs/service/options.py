@@ -124,7 +124,19 @@ class MountOptions:
     def semantics(self) -> Semantics:
         """What the mount takes its files for."""
         kind = AUTOMAP if self.automap else V3 if self.strict else MSHARE
-        return attrs.evolve(kind, private=self.private, native=self.native and self.automap)
+        return attrs.evolve(
+            kind,
+            private=self.private,
+            native=self.native and self.automap,
+            no_huge=self._no_huge(kind),
+        )
+
+    def _no_huge(self, kind: Semantics) -> str:
+        if self.huge in {None, "never"}:
+            return kind.no_huge
+        if self.huge == "advise" and self.gate == "none":
+            return "with -o gate=none nobody is asked to use them: mount with -o huge=always"
+        return ""
 
     @property
     def memory_limit(self) -> int | None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 
 from msharefs.abi import PROT_ALL, Kind, MapFlag, Prot
 from msharefs.region import errors
 from msharefs.region.mapping import ANON, Mapping, ObjectRef
 from msharefs.region.region import READ_ONLY, READ_WRITE, WRITE_ONLY, Region
+from msharefs.region.semantics import AUTOMAP, MSHARE
 from tests.region.model import FILE_A, PAGE
 
 U64 = 1 << 64
 R, W, X = int(Prot.READ), int(Prot.WRITE), int(Prot.EXEC)
+RW = R | W
 FLAGS = int(MapFlag.SHARED | MapFlag.FIXED | MapFlag.ANONYMOUS)
 
 
@@ -152,7 +155,8 @@ def test_the_largest_region_can_be_used_to_its_last_page():
         0x04 | MapFlag.FIXED,
         0x0F | MapFlag.FIXED,
         FLAGS | 0x8000,  # MAP_POPULATE
-        FLAGS | 0x40000,  # MAP_HUGETLB
+        FLAGS | MapFlag.HUGETLB | 21 << 26,  # MAP_HUGE_2MB
+        MapFlag.SHARED | MapFlag.FIXED | MapFlag.HUGETLB,
         FLAGS | 0x2000,  # MAP_LOCKED
         FLAGS | 0x80000000,
     ],
@@ -203,6 +207,43 @@ def test_every_combination_of_read_write_exec_can_be_mapped_and_set(prot):
     region.apply(region.plan_protect(0, PAGE, 7 - prot))
     assert region.rights == 7 - prot
     assert isinstance(region.query(0).prot, Prot)
+
+
+def test_huge_pages_are_asked_for_where_the_mount_can():
+    flags = int(FLAGS | MapFlag.HUGETLB)
+    with pytest.raises(errors.Unsupported, match="huge=advise"):
+        region_of(PAGE).plan_map(0, PAGE, R, flags)
+    able = attrs.evolve(MSHARE, no_huge="")
+    region = Region(1, "r", able)
+    region.apply_resize(region.plan_resize(8 * PAGE))
+    with pytest.raises(errors.BadArgument, match="file"):
+        region.plan_map(0, PAGE, R, flags & ~int(MapFlag.ANONYMOUS), obj=FILE_A)
+    region.apply(region.plan_map(0, 6 * PAGE, R, int(FLAGS)))
+    region.apply(region.plan_map(2 * PAGE, 2 * PAGE, R, flags))
+    assert [(m.start, m.end, m.flags & MapFlag.HUGETLB) for m in region.table] == [
+        (0, 2 * PAGE, 0),
+        (2 * PAGE, 4 * PAGE, MapFlag.HUGETLB),
+        (4 * PAGE, 6 * PAGE, 0),
+    ]
+    assert region.table.huge == 1
+    assert region.table.asking_for_huge(0, 8 * PAGE) == [(2 * PAGE, 4 * PAGE)]
+    assert region.table.asking_for_huge(3 * PAGE, 8 * PAGE) == [(3 * PAGE, 4 * PAGE)]
+    assert region.table.asking_for_huge(4 * PAGE, 8 * PAGE) == []
+    region.apply(region.plan_protect(3 * PAGE, PAGE, RW))
+    assert region.table.huge == 2
+    assert region.query(3 * PAGE).flags == flags & ~int(MapFlag.FIXED)
+    region.apply(region.plan_map(2 * PAGE, PAGE, R, int(FLAGS)))
+    region.apply(region.plan_unmap(3 * PAGE, PAGE))
+    assert region.table.huge == 0
+    assert len(region.table) == 2
+
+
+def test_a_file_that_asks_for_huge_pages_all_over_is_not_as_growing_has_made_it():
+    region = Region(1, "r", attrs.evolve(AUTOMAP, no_huge=""))
+    region.apply_resize(region.plan_resize(4 * PAGE))
+    assert region.plain
+    region.apply(region.plan_map(0, 4 * PAGE, RW, int(FLAGS | MapFlag.HUGETLB)))
+    assert not region.plain
 
 
 def test_protect_takes_no_flags():

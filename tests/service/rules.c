@@ -98,7 +98,11 @@ static void ranges(int fd)
 	is("without MAP_SHARED", map(fd, 0, PAGE, RW, MAP_FIXED | MAP_ANONYMOUS, -1), -EINVAL);
 	is("MAP_PRIVATE", map(fd, 0, PAGE, RW, MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS, -1), -EINVAL);
 	is("without MAP_FIXED", map(fd, 0, PAGE, RW, MAP_SHARED | MAP_ANONYMOUS, -1), -EINVAL);
-	is("MAP_HUGETLB", map(fd, 0, PAGE, RW, FLAGS | MAP_HUGETLB, -1), -EINVAL);
+	is("MAP_POPULATE", map(fd, 0, PAGE, RW, FLAGS | MAP_POPULATE, -1), -EINVAL);
+	is("MAP_HUGETLB", map(fd, 0, PAGE, RW, FLAGS | MAP_HUGETLB, -1), -EOPNOTSUPP);
+	is("MAP_HUGE_2MB", map(fd, 0, PAGE, RW, FLAGS | MAP_HUGETLB | 21 << 26, -1), -EINVAL);
+	is("MAP_HUGETLB of a file",
+	   map(fd, 0, PAGE, RW, MAP_SHARED | MAP_FIXED | MAP_HUGETLB, fd), -EINVAL);
 	is("unknown protection", map(fd, 0, PAGE, 0x100, FLAGS, -1), -EINVAL);
 	is("protect flags", protect(fd, 0, PAGE, RW, 1), -EINVAL);
 }

@@ -158,6 +158,17 @@ def test_options_are_read_as_mount_gives_them():
     assert options.noexec
     options = MountOptions.parse("gate=none,enforce=strict,protect=vma")
     assert (options.gate, str(options.enforce), str(options.protect)) == ("none", "strict", "vma")
+    for text, why in (
+        ("", "huge=advise"),
+        ("huge=never", "huge=advise"),
+        ("huge=advise,gate=none", "huge=always"),
+        ("huge=always,gate=none", ""),
+        ("huge=advise,automap", ""),
+        ("huge=within_size,strict=v3", ""),
+    ):
+        found = MountOptions.parse(text).semantics.no_huge
+        assert why in found
+        assert bool(why) == bool(found)
     assert MountOptions.parse("").log_period_ms == 100
     assert MountOptions.parse("log_period=7").log_period_ms == 7
     wrongs = ("size=", "size=1", "size=x", "huge=maybe", "mode=9", "bogus", "uid=root")

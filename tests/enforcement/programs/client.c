@@ -310,9 +310,9 @@ static int special(const char *what)
 	} else if (same(what, "protect")) {
 		struct mshare_protect args = { numbers[1], numbers[2], (uint32_t)numbers[3], 0 };
 		result(ioctl(fd, MSHAREFS_PROTECT, &args));
-	} else if (same(what, "create")) {
+	} else if (same(what, "create")) { /* OFFSET SIZE PROT MORE-FLAGS */
 		struct mshare_create args = { numbers[1], numbers[2], 0, (uint32_t)numbers[3],
-			MAP_SHARED | MAP_FIXED | MAP_ANONYMOUS, (uint32_t)-1 };
+			MAP_SHARED | MAP_FIXED | MAP_ANONYMOUS | (uint32_t)numbers[4], (uint32_t)-1 };
 		result(ioctl(fd, MSHAREFS_CREATE_MAPPING, &args));
 	} else if (same(what, "remove")) {
 		struct mshare_unmap args = { numbers[1], numbers[2] };
