@@ -189,3 +189,25 @@ def test_a_client_that_ends_leaves_the_list(mount):
         (row,) = json.loads(run("stat", path, "--json"))["clients"]
         assert row["pid"] == second
         assert json.loads(run("report", path, "--json"))["report"][0]["clients"] == 1
+
+
+def test_huge_pages_are_asked_for_and_shown(start_mount):
+    mount = start_mount("huge=advise")
+    path = mount.path / "pool"
+    run("create", path, "--size", "8M")
+    run("map", path, "--anon", "--offset", "0", "--length", "2M", "--prot", "rw-")
+    run("map", path, "--anon", "--offset", "4M", "--length", "4M", "--prot", "rw-", "--huge")
+    asked = json.loads(run("query", path, "--json"))["mappings"]
+    assert [(row["start"], row["kind"]) for row in asked] == [(0, "anon"), (4 * MIB, "huge")]
+    with clients(path, 8 * MIB, 2 * MIB) as (pid,):
+        assert of_smaps(pid, path, "ShmemPmdMapped") == 0, "that part has not asked"
+    assert "--anon" in run(
+        "map", path, "/bin/true", "--offset", "0", "--prot", "r--", "--huge", status=2
+    )
+
+
+def test_a_mount_without_huge_pages_says_how_to_have_them(mount):
+    path = mount.path / "pool"
+    make(path, 4 * MIB)
+    said = run("map", path, "--anon", "--offset", "0", "--prot", "rw-", "--huge", status=1)
+    assert "huge=advise" in said
