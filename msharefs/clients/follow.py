@@ -13,7 +13,8 @@ next instruction, and followed until it makes the call that matters. Within a se
 
 At an exit it may be borrowed for calls of ours (:class:`msharefs.clients.borrow.Borrowed`).
 
-Promises: signals are delivered to the thread as they come; what it forks or starts is not traced;
+Promises: signals are delivered to the thread as they come, and those that it ignores do not end
+its calls, but for ones that have a time-out and are never restarted (signal(7)); what it forks or starts is not traced;
 one that becomes another program is followed on (a shell opens what its command maps), except for
 one that was not its process's first thread, which is Gone; one that is stopped by SIGSTOP is let
 go at once (:class:`LetGo`). At the deadline TimedOut is raised; then, as at any other time,
@@ -24,10 +25,12 @@ restarts, that returns EINTR (signal(7)).
 
 from __future__ import annotations
 
+import errno
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from msharefs.clients import arch
+from msharefs.clients.arch import Effect
 from msharefs.clients.ptrace import Stop, Tracee
 from msharefs.clients.tracer import Session, TimedOut
 
@@ -87,8 +90,16 @@ class Followed:
             number = stop.signal  # it is delivered; 0 at an interrupt, or the end of a group stop
 
     def exit(self) -> Session[Registers]:
-        """From an entry: let it make the call and stop at its exit."""
-        return self.entry()
+        """From an entry: let it make the call and stop at its exit.
+
+        A tracee's signals interrupt it even if it ignores them. What that did to a call of those
+        which :func:`arch.settle` knows is undone: unless a handler runs, it is made again.
+        """
+        registers = yield from self.entry()
+        if registers.result == -errno.EINTR and self.tracee.settle(registers) is Effect.RESTARTED:
+            # The kernel looks at such a result only when a signal, or this, waits for the thread.
+            self.tracee.interrupt()
+        return registers
 
     def skip(self, registers: Registers) -> None:
         """At an entry: the call is not to be made."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 from collections.abc import Awaitable, Callable
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -33,8 +35,14 @@ from .wire import (
     build_reply,
 )
 
-_SETS: Final = ("SigPnd", "ShdPnd", "SigBlk")
+_SETS: Final = ("SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt")
 _TRACER: Final = "TracerPid"
+_IGNORED_BY_DEFAULT: Final = sum(
+    1 << number - 1 for number in (signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH)
+)
+_LOOK_AGAIN: Final = 0.005
+"""Seconds between looks at a caller whose request was not given up for what interrupted it. The
+kernel tells of the first interruption only, whatever comes then."""
 
 if TYPE_CHECKING:
     from .handlers import Pending
@@ -150,19 +158,40 @@ class Answers:
 
     def interrupt(self, unique: int) -> bool:
         """A signal waits for the caller of request ``unique``. Whether it is being answered here."""
+        request = self._request(unique)
+        if request is None:
+            return False
+        if not self._yields(request):
+            self.nursery.start_soon(self._look_again, request)
+        return True
+
+    def _request(self, unique: int) -> Request | None:
+        if unique in self.pending:
+            return self.pending[unique][1]
+        return self.tasks[unique][1] if unique in self.tasks else None
+
+    def _yields(self, request: Request) -> bool:
+        """Give up a request that was interrupted, unless its caller is not to see that."""
+        unique, cause = request.unique, _interruption(getattr(request, "pid", 0))
+        if cause is _Interruption.IGNORED:
+            return False
         if unique in self.pending:
             self._give_up(unique, errno.EINTR)
             return True
-        task = self.tasks.get(unique)
-        if task is None:
-            return False
-        scope, request = task
         # A stop by a tracer looks like a signal. An ioctl ends soon by itself, and its caller is not
         # to see that. But if the tracer is ours, somebody's change waits for that very thread, for
         # which it waits in turn; the tracer has it make the call again.
-        if not isinstance(request, IoctlRequest) or _is_signalled(request.pid):
-            scope.cancel()
+        if cause is _Interruption.STOP and isinstance(request, IoctlRequest):
+            return False
+        self.tasks[unique][0].cancel()
         return True
+
+    async def _look_again(self, request: Request) -> None:
+        """Until it is answered, or a signal comes that does something."""
+        while True:
+            await trio.sleep(_LOOK_AGAIN)
+            if self._request(request.unique) is not request or self._yields(request):
+                return
 
     async def _later(
         self,
@@ -215,19 +244,35 @@ def _describe(request: Request) -> str:
     return request.opcode.name
 
 
-def _is_signalled(tid: int) -> bool:
-    """Whether a signal really waits for the thread, or this process traces it.
+class _Interruption(Enum):
+    """Why the kernel says that a signal waits for a thread."""
 
-    Source: proc_pid_status(5).
-    """
+    SIGNAL = "signal"
+    """One does, or the thread has gone."""
+    OURS = "ours"
+    """This process traces it, and makes it call again if no signal takes it to a handler."""
+    IGNORED = "ignored"
+    """Only such as do nothing. They wait because a thread of the process is or was traced: the
+    kernel drops them at once if not, and nobody's call is interrupted."""
+    STOP = "stop"
+    """None: somebody else's tracer stops it."""
+
+
+def _interruption(tid: int) -> _Interruption:
+    """Source: proc_pid_status(5), signal(7)."""
     try:
         status = Path(f"/proc/{tid}/status").read_text(errors="replace")
     except OSError:
-        return True  # it has gone
+        return _Interruption.SIGNAL
     sets = dict(
         line.split(":\t", 1) for line in status.splitlines() if line.startswith((_TRACER, *_SETS))
     )
-    pending, shared, blocked = (int(sets[name], 16) for name in _SETS)
+    own, shared, blocked, ignored, caught = (int(sets[name], 16) for name in _SETS)
     tracer = int(sets[_TRACER])
-    ours = bool(tracer) and Path(f"/proc/self/task/{tracer}").exists()
-    return ours or bool((pending | shared) & ~blocked)
+    if tracer and Path(f"/proc/self/task/{tracer}").exists():
+        return _Interruption.OURS
+    waiting = (own | shared) & ~blocked
+    if not waiting:
+        return _Interruption.STOP
+    ignored |= _IGNORED_BY_DEFAULT & ~caught
+    return _Interruption.SIGNAL if waiting & ~ignored else _Interruption.IGNORED

@@ -56,6 +56,7 @@ BUILDS: dict[str, tuple[tuple[str, ...], Callable[[Path], list[str]]]] = {
     "blocked": ((BLOCKED,), _c(BLOCKED, "-pthread")),
     "viewer": ((VIEWER,), _c(VIEWER)),
     "storm": (("storm.c",), _c("storm.c", "-pthread")),
+    "ignoring": (("ignoring.c",), _c("ignoring.c", "-pthread")),
     "go": (("client.go",), lambda out: ["go", "build", "-o", f"{out}/a.out", "client.go"]),
     "java": (("Client.java",), lambda out: ["javac", "-d", str(out), "Client.java"]),
 }
