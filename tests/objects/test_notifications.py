@@ -12,6 +12,7 @@ import pytest
 from msharefs.abi import Feature, NotifyEvent, NotifyMode
 from msharefs.client import Region
 from tests.clients.touchers import start_toucher, toucher_program  # noqa: F401 - fixtures
+from tests.conftest import GATE
 from tests.objects.conftest import on_loop
 from tests.service.test_notifications import MIB, PAGE, decide, do, events_of, refused, seen
 
@@ -25,7 +26,7 @@ FIRST = 4 * PAGE
 
 @pytest.fixture
 def mount(start_mount):
-    return start_mount("gate=ptrace,log_period=20")
+    return start_mount(f"gate={GATE or 'ptrace'},log_period=20")
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ import pytest
 from msharefs.abi import Feature, NotifyEvent, NotifyMode, OnTimeout
 from msharefs.client import Region
 from tests.clients.touchers import Toucher
+from tests.conftest import GATE
 
 PAGE = 4096
 MIB = 1 << 20
@@ -83,7 +84,7 @@ def events_of(mount, name="r"):
 
 @pytest.fixture
 def mount(start_mount):
-    return start_mount("gate=ptrace")
+    return start_mount(f"gate={GATE or 'ptrace'}")
 
 
 @pytest.fixture

@@ -12,12 +12,13 @@ import pytest
 
 from msharefs.abi import Feature, NotifyEvent, NotifyMode
 from msharefs.client import Region
+from tests.conftest import GATE
 from tests.service.test_notifications import MIB, PAGE, PATIENCE, do, events_of, refused
 
 
 @pytest.fixture
 def mount(start_mount):
-    return start_mount("gate=ptrace,log_period=20")
+    return start_mount(f"gate={GATE or 'ptrace'},log_period=20")
 
 
 @pytest.fixture
