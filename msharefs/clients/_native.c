@@ -1,7 +1,7 @@
 /* Many clients at once: what borrow.py does for one thread, by a few threads without Python.
  *
- * For: many.py. A change of a region takes the same one or two system calls in each of its clients;
- * pure Python spends several times as long on each as the kernel does. Here only the usual client is
+ * For: many.py and lay_many.py. A change of a region takes the same few system calls in each of its
+ * clients; pure Python spends several times as long on each as the kernel does. Here only the usual client is
  * dealt with: a process of one thread, of 64-bit code, without seccomp, in no signal's way. Whatever
  * else is met is left as it was found, for borrow.py: its job is SLOW.
  *
@@ -44,6 +44,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <sys/sysmacros.h>
 #include <sys/user.h>
 #include <sys/wait.h>
@@ -63,10 +64,20 @@ struct job {
 	int32_t maps;	       /* /proc/TID/maps, opened when it was the program meant; or -1 */
 	int32_t cpu;	       /* where it ran last, if that is known, and is known now; or -1 */
 	uint32_t known;	       /* set: it had no seccomp filter before, and is not asked again */
+	uint32_t failed;       /* of its calls the one whose errno is the status */
+	uint32_t pad;
+	int64_t kept[2];       /* what it still has of its calls' results; -1: nothing */
 };
 
 struct call {
-	uint64_t number, arguments[3];
+	uint64_t number, arguments[6];
+	uint64_t inode;		/* a file of ours that it may open and map meanwhile, and how; 0: none */
+	uint32_t flags;
+	uint32_t text, length;	/* of the texts: written to where its result points */
+	uint8_t from, which;	/* kept value (1, 2; 0: none) that is added to this argument */
+	uint8_t keep;		/* its result is kept as that value; 0: is not */
+	uint8_t always;		/* gives back the value that it uses: made as long as there is one,
+				 * after a failure too, and its own does not matter */
 };
 
 #define WINDOW 24	     /* clients that a thread has in hand, but for those that are slow to stop */
@@ -74,6 +85,8 @@ struct call {
 #define TICK 10000000	     /* nanoseconds between looks at the clock */
 #define GRACE 500000000	     /* nanoseconds after the limit for the threads to notice */
 #define STACK (256 << 10)
+#define TRIES 16	     /* of a call that is interrupted for no reason of its own */
+#define MOST_DOORS 1024
 #define TIMER_SIGNAL (SIGRTMAX - 3)
 
 #define OPTIONS (PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACEEXEC)
@@ -114,6 +127,7 @@ struct batch {
 	int64_t deadline;
 	uint64_t own_device;
 	struct call *calls;
+	char *texts;
 	struct job jobs[];
 };
 
@@ -146,6 +160,10 @@ struct slot {
 	enum state state;
 	bool dirty; /* its registers are not what is in saved */
 	bool told;  /* the gate lets its calls through */
+	bool let_in; /* has a door */
+	int status;  /* the first errno of its calls */
+	unsigned tries;
+	int64_t kept[2];
 	uint32_t job;
 	uint32_t call;
 	uint64_t instruction;
@@ -207,8 +225,62 @@ static bool tell(const struct batch *batch, pid_t tid, bool ours)
 	return !syscall(SYS_bpf, ours ? 2 /* update */ : 3 /* delete */, &attributes, sizeof attributes);
 }
 
+/* -- doors: threads that are within a call of ours which opens or maps a file of ours, and which file.
+ * Whoever answers them asks here: what a thread does by itself is never let in by this. */
+
+static struct door {
+	pid_t tid;
+	uint32_t flags;
+	uint64_t inode;
+} doors[MOST_DOORS];
+static unsigned doors_open;
+static pthread_mutex_t doors_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static bool let_in(pid_t tid, uint64_t inode, uint32_t flags)
+{
+	bool room;
+
+	pthread_mutex_lock(&doors_lock);
+	room = doors_open < MOST_DOORS;
+	if (room)
+		doors[doors_open++] = (struct door){tid, flags, inode};
+	pthread_mutex_unlock(&doors_lock);
+	return room;
+}
+
+static void let_in_no_more(struct slot *slot)
+{
+	if (!slot->let_in)
+		return;
+	slot->let_in = false;
+	pthread_mutex_lock(&doors_lock);
+	for (unsigned i = 0; i < doors_open; i++)
+		if (doors[i].tid == slot->tid) {
+			doors[i] = doors[--doors_open];
+			break;
+		}
+	pthread_mutex_unlock(&doors_lock);
+}
+
+static PyObject *expected(PyObject *module, PyObject *argument)
+{
+	long tid = PyLong_AsLong(argument);
+	struct door found = {0};
+
+	(void)module;
+	if (tid == -1 && PyErr_Occurred())
+		return NULL;
+	pthread_mutex_lock(&doors_lock);
+	for (unsigned i = 0; i < doors_open; i++)
+		if (doors[i].tid == tid)
+			found = doors[i];
+	pthread_mutex_unlock(&doors_lock);
+	return Py_BuildValue("KI", (unsigned long long)found.inode, found.flags);
+}
+
 static void tell_no_more(struct worker *w, struct slot *slot)
 {
+	let_in_no_more(slot);
 	if (slot->told)
 		tell(w->batch, slot->tid, false);
 	slot->told = false;
@@ -219,8 +291,10 @@ static void tell_no_more(struct worker *w, struct slot *slot)
 static void finish(struct worker *w, struct slot *slot, int status)
 {
 	tell_no_more(w, slot);
-	if (!w->reported)
+	if (!w->reported) {
 		w->batch->jobs[slot->job].status = status;
+		memcpy(w->batch->jobs[slot->job].kept, slot->kept, sizeof slot->kept);
+	}
 	if (slot->since == INT64_MIN)
 		w->old--;
 	*slot = w->slots[--w->used];
@@ -365,12 +439,23 @@ static void make_call(struct worker *w, struct slot *slot)
 {
 	struct call *call = &w->batch->calls[slot->call];
 	struct user_regs_struct r = slot->saved;
+	uint64_t arguments[6];
 
+	if (call->inode && !(slot->let_in = let_in(slot->tid, call->inode, call->flags))) {
+		let_go(w, slot, 0, SLOW);
+		return;
+	}
+	memcpy(arguments, call->arguments, sizeof arguments);
+	if (call->from)
+		arguments[call->which] += (uint64_t)slot->kept[call->from - 1];
 	r.rax = call->number;
-	r.rdi = call->arguments[0];
-	r.rsi = call->arguments[1];
-	r.rdx = call->arguments[2];
-	r.r10 = r.r8 = r.r9 = r.rcx = 0;
+	r.rdi = arguments[0];
+	r.rsi = arguments[1];
+	r.rdx = arguments[2];
+	r.r10 = arguments[3];
+	r.r8 = arguments[4];
+	r.r9 = arguments[5];
+	r.rcx = 0;
 	r.orig_rax = (unsigned long)-1;
 	r.rip = slot->instruction;
 	slot->dirty = true;
@@ -425,11 +510,48 @@ static void take(struct worker *w, struct slot *slot)
 		let_go(w, slot, 0, 0);
 }
 
+static bool write_text(const struct batch *batch, const struct slot *slot, const struct call *call)
+{
+	struct iovec ours = {batch->texts + call->text, call->length};
+	struct iovec its = {(void *)slot->kept[call->keep - 1], call->length};
+
+	return !call->length ||
+	       process_vm_writev(slot->tid, &ours, 1, &its, 1, 0) == (ssize_t)call->length;
+}
+
+/* A call has this result: what is kept of it, and which call is the next. */
+static void note(struct worker *w, struct slot *slot, const struct job *job, long result)
+{
+	struct batch *batch = w->batch;
+	struct call *call = &batch->calls[slot->call];
+	uint32_t end = job->first + job->count;
+	int error = result < 0 && result >= -4095 ? (int)-result : 0;
+
+	if (call->always) {
+		slot->kept[call->from - 1] = -1;
+		error = 0;
+	} else if (!error && call->keep) {
+		slot->kept[call->keep - 1] = result;
+		error = write_text(batch, slot, call) ? 0 : EFAULT;
+	}
+	if (error && !slot->status) {
+		slot->status = error;
+		if (!w->reported)
+			batch->jobs[slot->job].failed = slot->call - job->first;
+	}
+	slot->tries = 0;
+	do
+		call = &batch->calls[++slot->call];
+	while (slot->call < end && (call->always ? slot->kept[call->from - 1] < 0 : slot->status));
+}
+
 /* Our call has returned. */
 static void judge(struct worker *w, struct slot *slot)
 {
 	struct job *job = &w->batch->jobs[slot->job];
 	long result;
+
+	let_in_no_more(slot);
 
 	errno = 0;
 	result = ptrace(PTRACE_PEEKUSER, slot->tid, offsetof(struct user_regs_struct, rax), NULL);
@@ -439,14 +561,12 @@ static void judge(struct worker *w, struct slot *slot)
 		return;
 	}
 	slot->dirty = false;
+	if (!restarts(result) && (result != -EINTR || ++slot->tries == TRIES))
+		note(w, slot, job, result);
 	if (w->late)
 		let_go(w, slot, 0, STUCK);
-	else if (restarts(result))
-		make_call(w, slot);
-	else if (result < 0 && result >= -4095)
-		let_go(w, slot, 0, (int)-result);
-	else if (++slot->call == job->first + job->count)
-		let_go(w, slot, 0, 0);
+	else if (slot->call == job->first + job->count)
+		let_go(w, slot, 0, slot->status);
 	else
 		make_call(w, slot);
 }
@@ -532,7 +652,8 @@ static bool begin(struct worker *w)
 		return true;
 	}
 	job->status = PENDING;
-	*slot = (struct slot){.tid = job->tid, .job = index, .state = STOPPING, .since = now()};
+	*slot = (struct slot){.tid = job->tid, .job = index, .state = STOPPING, .since = now(),
+			     .kept = {-1, -1}};
 	w->used++;
 	if (ptrace(PTRACE_INTERRUPT, job->tid, NULL, NULL))
 		finish(w, slot, GONE);
@@ -651,11 +772,11 @@ static void *work(void *argument)
 
 /* -- who waits for them */
 
-static struct batch *new_batch(const Py_buffer *jobs, const Py_buffer *calls)
+static struct batch *new_batch(const Py_buffer *jobs, const Py_buffer *calls, const Py_buffer *texts)
 {
 	uint32_t count = (uint32_t)((size_t)jobs->len / sizeof(struct job));
 	struct batch *batch = calloc(1, sizeof *batch + (size_t)jobs->len + (size_t)calls->len +
-						count * sizeof *batch->taken);
+						count * sizeof *batch->taken + (size_t)texts->len);
 	pthread_condattr_t attributes;
 
 	if (!batch)
@@ -663,11 +784,14 @@ static struct batch *new_batch(const Py_buffer *jobs, const Py_buffer *calls)
 	batch->count = count;
 	batch->calls = (struct call *)(batch->jobs + batch->count);
 	batch->taken = (atomic_bool *)((char *)batch->calls + calls->len);
+	batch->texts = (char *)(batch->taken + count);
+	memcpy(batch->texts, texts->buf, (size_t)texts->len);
 	memcpy(batch->jobs, jobs->buf, (size_t)jobs->len);
 	memcpy(batch->calls, calls->buf, (size_t)calls->len);
 	for (uint32_t i = 0; i < batch->count; i++) {
 		batch->jobs[i].status = PENDING;
-		batch->jobs[i].disturbed = 0;
+		batch->jobs[i].disturbed = batch->jobs[i].failed = 0;
+		batch->jobs[i].kept[0] = batch->jobs[i].kept[1] = -1;
 	}
 	pthread_mutex_init(&batch->lock, NULL);
 	pthread_condattr_init(&attributes);
@@ -738,6 +862,16 @@ static void run(struct batch *batch, unsigned threads)
 	pthread_mutex_unlock(&batch->lock);
 }
 
+static bool calls_make_sense(const struct call *call, Py_ssize_t count, Py_ssize_t texts)
+{
+	for (Py_ssize_t i = 0; i < count; i++)
+		if (call[i].from > 2 || call[i].which > 5 || call[i].keep > 2 ||
+		    (call[i].always && !call[i].from) || (call[i].length && !call[i].keep) ||
+		    (uint64_t)call[i].text + call[i].length > (uint64_t)texts)
+			return false;
+	return true;
+}
+
 static bool calls_exist(const struct job *job, Py_ssize_t jobs, Py_ssize_t calls)
 {
 	for (Py_ssize_t i = 0; i < jobs; i++)
@@ -753,19 +887,20 @@ static PyObject *borrow_many(PyObject *module, PyObject *args)
 	long long limit;
 	unsigned long long own_device;
 	struct batch *batch = NULL;
-	Py_buffer jobs, calls;
+	Py_buffer jobs, calls, texts;
 	PyObject *result = NULL;
-	Py_ssize_t count;
+	Py_ssize_t count, made;
 
 	(void)module;
-	if (!PyArg_ParseTuple(args, "w*y*ILKi", &jobs, &calls, &threads, &limit, &own_device, &told))
+	if (!PyArg_ParseTuple(args, "w*y*y*ILKi", &jobs, &calls, &texts, &threads, &limit, &own_device, &told))
 		return NULL;
 	count = jobs.len / (Py_ssize_t)sizeof(struct job);
+	made = calls.len / (Py_ssize_t)sizeof(struct call);
 	if (jobs.len % (Py_ssize_t)sizeof(struct job) || calls.len % (Py_ssize_t)sizeof(struct call) ||
 	    !threads || threads > MOST_THREADS || limit < 0 || count >= INT32_MAX ||
-	    !calls_exist(jobs.buf, count, calls.len / (Py_ssize_t)sizeof(struct call))) {
+	    !calls_exist(jobs.buf, count, made) || !calls_make_sense(calls.buf, made, texts.len)) {
 		PyErr_SetString(PyExc_ValueError, "jobs, calls or threads out of range");
-	} else if (!(batch = new_batch(&jobs, &calls))) {
+	} else if (!(batch = new_batch(&jobs, &calls, &texts))) {
 		PyErr_NoMemory();
 	} else if (told >= 0 && (batch->told = fcntl(told, F_DUPFD_CLOEXEC, 0)) < 0) {
 		PyErr_SetFromErrno(PyExc_OSError);
@@ -785,6 +920,7 @@ static PyObject *borrow_many(PyObject *module, PyObject *args)
 	}
 	PyBuffer_Release(&jobs);
 	PyBuffer_Release(&calls);
+	PyBuffer_Release(&texts);
 	return result;
 }
 
@@ -793,7 +929,9 @@ PyObject *look_at_many(PyObject *module, PyObject *args);   /* _native_maps.c */
 
 static PyMethodDef methods[] = {
 	{"borrow_many", borrow_many, METH_VARARGS,
-	 "borrow_many(jobs, calls, threads, limit_ns, own_device, told): see many.py."},
+	 "borrow_many(jobs, calls, texts, threads, limit_ns, own_device, told): see many.py."},
+	{"expected", expected, METH_O,
+	 "expected(tid): the inode and flags of what a thread in hand may open and map now; or 0, 0."},
 	{"carry_out_many", carry_out_many, METH_VARARGS,
 	 "carry_out_many(counter, errands, calls): see errands.py."},
 	{"look_at_many", look_at_many, METH_VARARGS,

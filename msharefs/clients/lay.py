@@ -31,7 +31,7 @@ from msharefs.clients.identity import hindrance
 from msharefs.region.errors import NotAdoptable, ObjectFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Sequence
 
     from msharefs.clients.borrow import Body, Borrowed
     from msharefs.clients.replica import Map
@@ -79,14 +79,22 @@ class Laid:
     steps: Sequence[Map]
 
 
-def laying(files: Sequence[Laid], door: Door) -> Body[None]:
+def laying(
+    files: Sequence[Laid], door: Door, left: tuple[int, int, int] = (-1, 0, -1)
+) -> Body[None]:
     """What a borrowed thread does for it.
 
-    Raises NotAdoptable (the file is not to be reached from there), OSError (EMFILE, ENOMEM ...),
-    ObjectFailed (the file's own refusal of the mapping).
+    ``left`` by somebody who began with it: address and size of memory, and a descriptor; -1 if
+    there is none. Raises NotAdoptable (the file is not to be reached from there), OSError (EMFILE,
+    ENOMEM ...), ObjectFailed (the file's own refusal of the mapping).
     """
 
     def body(thread: Borrowed) -> Session[None]:
+        address, size, fd = left
+        if fd >= 0:
+            yield from thread.call(Number.CLOSE, fd)
+        if address >= 0:
+            yield from thread.call(Number.MUNMAP, address, size)
         for laid in files:
             address = yield from thread.push(laid.path + b"\0")
             door.expect(thread.tid, laid.inode, laid.flags)
@@ -122,7 +130,7 @@ def _lay(thread: Borrowed, laid: Laid, path: int) -> Session[None]:
     flags = laid.flags | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = yield from _call(thread, Number.OPEN, path, flags, 0)
     if fd < 0:
-        raise _cannot_open(thread.pid, -fd, laid.path)
+        raise cannot_open(thread.pid, -fd, laid.path)
     failed: Exception | None = None
     for step in laid.steps:
         result = yield from _call(
@@ -136,29 +144,37 @@ def _lay(thread: Borrowed, laid: Laid, path: int) -> Session[None]:
             step.offset - laid.delta,
         )
         if result != step.address:
-            failed = _cannot_map(thread.pid, -result, step.prot.text())
+            failed = cannot_map(thread.pid, -result, step.prot.text())
             break
     yield from thread.call(Number.CLOSE, fd)
     if failed is not None:
         raise failed
 
 
-def _cannot_open(pid: int, code: int, path: bytes) -> Exception:
+def cannot_open(pid: int, code: int, path: bytes) -> Exception:
+    """What open(2) of a file to be laid says by an errno."""
     text = f"process {pid} cannot open {os.fsdecode(path)}: {os.strerror(code)}"
     return NotAdoptable(text) if code in _PATH_FAULTS else OSError(code, text)
 
 
-def _cannot_map(pid: int, code: int, prot: str) -> Exception:
+def cannot_map(pid: int, code: int, prot: str) -> Exception:
+    """What mmap(2) of it says."""
     text = f"process {pid}: mmap {prot}: {os.strerror(code)}"
     return OSError(code, text) if code == errno.ENOMEM else ObjectFailed(code, text)
 
 
-def mount_path(pid: int, device: int) -> bytes:
+def mount_path(pid: int, device: int, known: dict[Hashable, bytes] | None = None) -> bytes:
     """Where a process sees the root of the mounted filesystem with that st_dev.
 
     Of several mounts the last made. Raises NotAdoptable if it sees none: it lives in another mount
-    namespace, or below another root.
+    namespace, or below another root. ``known``: what was found just now for others, by namespace
+    and root; the table of all mounts takes the kernel longer to write than the rest takes us.
     """
+    view: Hashable = None
+    if known is not None:
+        view = _view_of(pid)
+        if view in known:
+            return known[view]
     wanted = b"%d:%d" % (os.major(device), os.minor(device))
     found = b""
     try:
@@ -171,7 +187,20 @@ def mount_path(pid: int, device: int) -> bytes:
             found = fields[4]
     if not found:
         raise NotAdoptable(f"process {pid} does not see the mount: another root or mount namespace")
-    return _ESCAPED.sub(lambda match: bytes([int(match[1], 8)]), found).rstrip(b"/")
+    path = _ESCAPED.sub(lambda match: bytes([int(match[1], 8)]), found).rstrip(b"/")
+    if known is not None:
+        known[view] = path
+    return path
+
+
+def _view_of(pid: int) -> Hashable:
+    """What the paths of a process are relative to: its mount namespace, and its root in that."""
+    try:
+        root = os.stat(f"/proc/{pid}/root")  # noqa: PTH116 - of what the link leads to
+        names = [os.readlink(f"/proc/{pid}/{name}") for name in ("ns/mnt", "root")]  # noqa: PTH115
+    except OSError:
+        raise Gone(f"process {pid}") from None
+    return root.st_dev, root.st_ino, *names
 
 
 _ESCAPED: Final = re.compile(rb"\\([0-7]{3})")

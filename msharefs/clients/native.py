@@ -14,6 +14,7 @@ try:
         STUCK,
         borrow_many,
         carry_out_many,
+        expected,
         look_at_many,
     )
 except ImportError as error:
@@ -30,6 +31,7 @@ __all__ = [
     "STUCK",
     "borrow_many",
     "carry_out_many",
+    "expected",
     "look_at_many",
     "present",
     "why",

@@ -20,6 +20,7 @@ import trio
 
 from msharefs.clients.gone import Gone
 from msharefs.clients.lay import laying, mount_path, obstacle
+from msharefs.clients.lay_many import lay_many
 from msharefs.clients.many import protecting
 from msharefs.clients.replica import Comparison, Map, Protect
 from msharefs.clients.space import files_of
@@ -27,7 +28,7 @@ from msharefs.region.errors import ClientStuck, NotAdoptable
 from msharefs.region.mapping import PROTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Hashable, Iterable, Sequence
 
     from msharefs.clients.borrow import Body
     from msharefs.clients.lay import Laid
@@ -64,7 +65,7 @@ async def lay(batch: Batch) -> dict[Client, Exception]:
     device = batch.enforcer.device
     found = await trio.to_thread.run_sync(_plans, todo, batch.windows, device)
     pinned: list[Placement] = []
-    bodies: dict[Client, Body[None]] = {}
+    files: dict[Client, list[Laid]] = {}
     try:
         for client, plan in found.items():
             if isinstance(plan, Gone):
@@ -73,13 +74,12 @@ async def lay(batch: Batch) -> dict[Client, Exception]:
                 failures[client] = plan
             else:
                 mount, ways = plan
-                files: list[Laid] = []
+                files[client] = []
                 for (source, writable), maps in ways.items():
                     pinned.append(placements.pin(batch.file, source, writable=writable))
                     placements.record(pinned[-1], client.space, maps)
-                    files.append(placements.laid(pinned[-1], mount, maps))
-                bodies[client] = laying(files, placements)
-        outcomes = await batch.sessions(bodies, LIMIT + LIMIT_EACH * len(bodies))
+                    files[client].append(placements.laid(pinned[-1], mount, maps))
+        outcomes = await _lay(batch, files)
     finally:
         for placement in pinned:
             placements.unpin(placement)
@@ -89,8 +89,36 @@ async def lay(batch: Batch) -> dict[Client, Exception]:
         elif isinstance(outcome, Exception):
             failures[client] = outcome
     await _fail(batch, {client: todo[client] for client in failures if client in todo}, failures)
-    await _look_again(batch, [client for client in bodies if client in batch.windows])
+    await _look_again(batch, [client for client in files if client in batch.windows])
     return failures
+
+
+async def _lay(batch: Batch, files: dict[Client, list[Laid]]) -> dict[Client, Exception | None]:
+    """By the compiled module; by sessions who is in hand already, or unusual."""
+    limit = LIMIT + LIMIT_EACH * len(files)
+    usual = [client for client in files if client not in batch.run_by and not client.sharers]
+    found, left = await lay_many(
+        [client.pid for client in usual],
+        [files[client] for client in usual],
+        limit,
+        spaces=[client.space for client in usual],
+        known=[client.borrowed for client in usual],
+        guard=batch.enforcer.guard,
+    )
+    door = batch.enforcer.placements
+    outcomes: dict[Client, Exception | None] = {}
+    bodies: dict[Client, Body[None]] = {}
+    for index, client in enumerate(usual):
+        if index in left:
+            bodies[client] = laying(files[client], door, left[index])
+        else:
+            outcomes[client] = found[index]
+            client.borrowed = client.borrowed or found[index] is None
+    for client, theirs in files.items():
+        if client not in bodies and client not in outcomes:
+            bodies[client] = laying(theirs, door)
+    outcomes.update(await batch.sessions(bodies, limit))
+    return outcomes
 
 
 async def _late(batch: Batch, wanted: Sequence[Demand]) -> dict[Client, Exception]:
@@ -141,12 +169,13 @@ def _plans(
 ) -> dict[Client, tuple[bytes, Ways] | Exception]:
     """In a thread: where each client sees the mount, and what it lays where."""
     plans: dict[Client, tuple[bytes, Ways] | Exception] = {}
+    known: dict[Hashable, bytes] = {}
     for client, maps in todo.items():
         try:
             ways: Ways = {}
             for step, writable in zip(maps, _writable(client, windows[client], maps), strict=True):
                 ways.setdefault((step.source, writable), []).append(step)
-            plans[client] = mount_path(client.pid, device), ways
+            plans[client] = mount_path(client.pid, device, known), ways
         except (NotAdoptable, Gone) as error:
             plans[client] = error
     return plans

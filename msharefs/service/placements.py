@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import attrs
 
 from msharefs.clients.lay import Laid
+from msharefs.clients.lay_many import expected
 from msharefs.clients.shown import Placed, Shown
 from msharefs.region.errors import ObjectAccess
 from msharefs.service.errors import NoSuchName
@@ -180,7 +181,10 @@ class Placements:
 
     def may_map(self, tid: int, ino: int) -> bool:
         """Whether the thread is being made to map just that one."""
-        return self._expected.get(tid, (0, 0))[0] == ino
+        return self._expecting(tid)[0] == ino
+
+    def _expecting(self, tid: int) -> tuple[int, int]:
+        return self._expected.get(tid) or expected(tid)
 
     # -- as the kernel sees them
 
@@ -197,7 +201,7 @@ class Placements:
 
     def opened(self, placement: Placement, flags: int, tid: int) -> None:
         """Raises ObjectAccess unless that thread is expected to do just that."""
-        if self._expected.get(tid) != (placement.ino, flags & os.O_ACCMODE):
+        if self._expecting(tid) != (placement.ino, flags & os.O_ACCMODE):
             raise ObjectAccess(f".objects/{placement.ino} is not to be opened by hand")
         placement.opens += 1
 

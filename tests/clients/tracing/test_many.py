@@ -29,7 +29,9 @@ PAUSE, GETPID, CLOSE, MPROTECT, POLL = 34, 39, 3, 10, 7
 NO_DEVICE = (1 << 64) - 1
 DONE = 0
 PAGE = 4096
-JOB = "=iiQIIIiiI"
+JOB = "=iiQIIIiiIIIqq"
+CALL = "=8QIIIBBBB"
+NOTHING_MORE = (0,) * 11
 
 
 def need_native():
@@ -51,12 +53,12 @@ def many(start):
 
     def many(pids, *calls, limit=5.0, in_threads=2, maps=-1, told=-1):
         calls = calls or [(GETPID, 0, 0, 0)]
-        packed = bytearray(b"".join(struct.pack("=QQQQ", *call) for call in calls))
+        packed = bytearray(b"".join(struct.pack(CALL, *call, *NOTHING_MORE) for call in calls))
         jobs = bytearray()
         for pid in pids:
             where = vdso_instruction(pid), 0, len(calls), 0, maps, -1, 0
-            jobs += struct.pack(JOB, pid, 0, *where)
-        native.borrow_many(jobs, packed, in_threads, int(limit * 1e9), NO_DEVICE, told)
+            jobs += struct.pack(JOB, pid, 0, *where, 0, 0, 0, 0)
+        native.borrow_many(jobs, packed, b"", in_threads, int(limit * 1e9), NO_DEVICE, told)
         return [
             (status, disturbed)
             for _, status, _, _, _, disturbed, *_ in struct.iter_unpack(JOB, jobs)
@@ -381,13 +383,19 @@ def test_a_thread_that_a_gate_cannot_be_told_of_is_left_alone(start, many):
 def test_what_makes_no_sense_is_refused():
     need_native()
     with pytest.raises(ValueError):
-        native.borrow_many(bytearray(31), bytearray(), 1, 1, 0, -1)
+        native.borrow_many(bytearray(31), bytearray(), b"", 1, 1, 0, -1)
     with pytest.raises(ValueError):
         native.borrow_many(
-            bytearray(struct.pack(JOB, 1, 0, 0, 0, 1, 0, -1, -1, 0)), bytearray(), 1, 1, 0, -1
+            bytearray(struct.pack(JOB, 1, 0, 0, 0, 1, 0, -1, -1, 0, 0, 0, 0, 0)),
+            b"",
+            b"",
+            1,
+            1,
+            0,
+            -1,
         )
     with pytest.raises(ValueError):
-        native.borrow_many(bytearray(), bytearray(), 0, 1, 0, -1)
+        native.borrow_many(bytearray(), bytearray(), b"", 0, 1, 0, -1)
 
 
 # -- with what it leaves to the careful way
