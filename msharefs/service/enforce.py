@@ -551,6 +551,9 @@ class Enforcer:
                     await self.bring(file, new, layout_of(file.region, state), strict=False)
                 except Exception as error:  # noqa: BLE001 - listed; a change will try again
                     errno_of(error, f"adopting those who map {file.region.name}")
+                finally:
+                    for client in new:
+                        client.met += 1  # a change that has looked at it before is to look again
         self.tidy.soon()
 
     async def admit(
