@@ -15,6 +15,7 @@ from msharefs.abi import MapFlag
 from msharefs.client import Region, parse_maps
 from msharefs.memory import tmpfs
 from tests.enforcement.clients import PAGE
+from tests.enforcement.test_gate import strace
 
 HUGE = 2 << 20
 SIZE = 2 * HUGE
@@ -188,6 +189,20 @@ def test_a_mapping_that_no_gate_saw_is_asked_for_by_the_next_change(share):
     assert client.ask("mmap", 0, 2 * SIZE, 3, 0, 1).startswith("at ")
     region.protect(0, PAGE, "r--")
     assert advised(client) == [(SIZE, 2 * SIZE)] * 2
+
+
+@pytest.mark.usefixtures("_gives")
+def test_who_cannot_be_asked_fails_no_change_and_is_asked_by_the_next(share_with):
+    share = share_with("vma", "huge=advise,enforce=strict")
+    region = share.region(PAGES)
+    client = share.mapped(region, pages=PAGES)
+    with strace(client):
+        region.map(SIZE, SIZE, "rw-", huge=True)
+        assert advised(client) == []
+        with pytest.raises(OSError, match="not permitted"):
+            region.protect(0, PAGE, "r--")
+    region.protect(0, PAGE, "r--")
+    assert advised(client) == [(SIZE, 2 * SIZE)]
 
 
 def test_memory_without_the_flag_in_its_place_is_another_mapping(share):
