@@ -137,6 +137,10 @@ class Census:
         finally:
             self._lock.release()
 
+    def some(self, pids: Iterable[int]) -> list[Found]:
+        """Those of these processes who map something shared."""
+        return self._look_at(pids, private=False)
+
     def at(self, pid: int, *, private: bool = False) -> Found | None:
         """What one process maps; None if nothing."""
         mapped = self._look(pid, f"{pid}/maps", private)

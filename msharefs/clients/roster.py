@@ -244,6 +244,13 @@ class Roster:
         if failure is not None:
             raise failure
 
+    async def look_at(self, clients: Sequence[Client], pids: Iterable[int]) -> None:
+        """Look at these clients, as a full survey does, and at the processes that are not known."""
+        await self._refresh(clients)
+        strangers = [pid for pid in pids if pid not in self._by_pid]
+        if strangers:
+            self._meet(await trio.to_thread.run_sync(self._census.some, strangers))
+
     async def _refresh(self, clients: Sequence[Client]) -> None:
         if not clients:
             return

@@ -118,8 +118,19 @@ class Changes:
         semantics = file.region.semantics
         return semantics.private and not semantics.superset and self.is_bare(file)
 
+    def opened(self, file: RegionFile, pid: int) -> None:
+        """A process has opened a region."""
+        if self.enforcer is not None and self.enforcer.vigil is not None:
+            self.enforcer.vigil.opened(file, pid)
+
+    def closed(self, file: RegionFile) -> None:
+        """One descriptor less."""
+        if self.enforcer is not None and self.enforcer.vigil is not None:
+            self.enforcer.vigil.closed(file)
+        self.look_around(file)
+
     def look_around(self, file: RegionFile) -> None:
-        """A region was opened or closed: somebody may map it whom no gate saw."""
+        """Somebody may map the region whom no gate saw."""
         if self.enforcer is not None and not self.leaves_alone(file):
             self.enforcer.look_around()
 
@@ -161,13 +172,13 @@ class Changes:
         if state.stores.forbidden(change.ranges):
             return self._change_slowly(file, state, plan, event)
         if not _moves_memory(change):
-            with self._holding(change):
+            with self._holding(file, change):
                 file.region.apply(change)
             self._done(file, event)
             return None
         if _drops_much(file, change):
             return self._change_slowly(file, state, plan, event)
-        with self._holding(change):
+        with self._holding(file, change):
             self._begin(file, change)
             try:
                 for start, end in _dropped(change):
@@ -186,7 +197,7 @@ class Changes:
             file.region.check_descriptors(change)
             file.region.begin(change)
             try:
-                with self._holding(change):
+                with self._holding(file, change):
                     await self._carry_out(file, state, change, event.actor.pid)
             finally:
                 file.region.end()
@@ -203,12 +214,12 @@ class Changes:
             self._begin(file, change)
             await self._drop(file, change)
 
-    def _holding(self, change: Change) -> contextlib.AbstractContextManager[None]:
+    def _holding(self, file: RegionFile, change: Change) -> contextlib.AbstractContextManager[None]:
         """Carry a change out within: its objects are there for the way forth, and the way back."""
-        return self._holding_objects(change) if len(self.objects) else _HOLDING_NOTHING
+        return self._holding_objects(file, change) if len(self.objects) else _HOLDING_NOTHING
 
     @contextlib.contextmanager
-    def _holding_objects(self, change: Change) -> Iterator[None]:
+    def _holding_objects(self, file: RegionFile, change: Change) -> Iterator[None]:
         _hold(self.objects, change.added)
         try:
             yield
@@ -216,6 +227,8 @@ class Changes:
             _release(self.objects, change.added)
             raise
         _release(self.objects, change.removed)
+        if self.enforcer is not None and self.enforcer.vigil is not None:
+            self.enforcer.vigil.changed(file)
 
     async def _drop(self, file: RegionFile, change: Change) -> None:
         try:
@@ -314,7 +327,7 @@ class Changes:
 
     async def _resize_locked(self, file: RegionFile, size: int, actor: Actor, via: str) -> None:
         resize, was_sized = file.region.plan_resize(size), file.region.sized
-        with self._holding(resize.change):
+        with self._holding(file, resize.change):
             await self._carry_out_resize(file, resize, was_sized)
         self._resized(file, resize, actor, via)
 
@@ -433,7 +446,7 @@ class Changes:
     def _grown(self, file: RegionFile, size: int, actor: Actor, via: str) -> None:
         if size > file.region.size:
             resize = file.region.plan_resize(size)
-            with self._holding(resize.change):
+            with self._holding(file, resize.change):
                 self._apply_resize(file, resize)
             self._resized(file, resize, actor, via)
 

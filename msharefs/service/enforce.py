@@ -48,6 +48,7 @@ from msharefs.service.errors import errno_of
 from msharefs.service.layout import END, After, Layout, anything, layout_of, put
 from msharefs.service.move import Move, unknown
 from msharefs.service.tidy import Tidy
+from msharefs.service.vigil import Vigil
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -130,6 +131,8 @@ class Enforcer:
         self.moves: Final[dict[int, Move]] = {}
         """Changes that are just taking rights away, by region."""
         self.debts: Final = Debts(self)
+        self.vigil: Final = Vigil(self) if guard is None else None
+        """None with a gate that nobody gets by."""
 
     def way(self, file: RegionFile, size: int) -> Way:
         """By which way a change that makes so many bytes read-only should go."""
@@ -212,6 +215,8 @@ class Enforcer:
     def forget_region(self, file: RegionFile) -> None:
         """The region has gone, and all its mappings with it or out of reach."""
         self.forget_holder(file)
+        if self.vigil is not None:
+            self.vigil.forget(file)
         for client in self.roster.of_region(file.ino):
             self.roster.detach(client, file.ino)
 
@@ -523,6 +528,8 @@ class Enforcer:
             self._later = nursery
             nursery.start_soon(self.roster.watch, self._ended)
             nursery.start_soon(self.tidy.run)
+            if self.vigil is not None:
+                nursery.start_soon(self.vigil.run)
             task_status.started()
             while True:
                 await self._look.wait()

@@ -70,6 +70,7 @@ class Opens:
             self._changes.refuse(file, actor, "open", "EACCES", str(error))
             raise
         file.opens += 1
+        self._changes.opened(file, actor.pid)
         detail = (("access", access.text()[:2]), ("created", int(created)))
         self._changes.tell(
             file, Event(EventKind.OPEN, file.region.name, actor, "open", detail=detail)
@@ -86,7 +87,7 @@ class Opens:
             self.placements.closed(handle.placement)
         elif isinstance(handle, RegionHandle):
             handle.file.region.closed(handle.access)
-            self._changes.look_around(handle.file)
+            self._changes.closed(handle.file)
             handle.file.opens -= 1
             self._changes.follow(handle.file)
             handle.file.native = handle.file.native and handle.file.opens > 0
