@@ -205,6 +205,20 @@ def test_who_cannot_be_asked_fails_no_change_and_is_asked_by_the_next(share_with
     assert advised(client) == [(SIZE, 2 * SIZE)]
 
 
+def test_where_a_file_was_laid_meanwhile_it_is_asked_for_anew(share, tmp_path):
+    region = filled(share)
+    client = share.mapped(region, pages=PAGES)
+    where = f"{client.address(SIZE):x}-{client.address(0) + 2 * SIZE:x} "
+    with (tmp_path / "file").open("wb") as file:
+        file.truncate(SIZE)
+    region.map(SIZE, SIZE, "rw-", object=tmp_path / "file")
+    region.map(SIZE, SIZE, "rw-", huge=True)
+    touch(client)
+    entry = Path(f"/proc/{client.pid}/smaps").read_text().partition(where)[2]
+    assert int(re.search(r"ShmemPmdMapped: +(\d+) kB", entry)[1]) == KB
+    assert "hg" in re.search(r"VmFlags: (.*)", entry)[1].split()
+
+
 def test_memory_without_the_flag_in_its_place_is_another_mapping(share):
     region = filled(share)
     assert [m.huge for m in region] == [False, True]
