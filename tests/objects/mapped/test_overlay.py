@@ -11,6 +11,7 @@ import pytest
 
 from tests.enforcement.clients import PAGE, until
 from tests.objects.conftest import overlay
+from tests.objects.mapped.conftest import text
 from tests.objects.mapped.test_changes import *  # noqa: F403 - the same tests, with other files
 
 if TYPE_CHECKING:
@@ -52,3 +53,21 @@ def make(merged) -> Iterator[Callable[..., int]]:
     yield new
     for fd in made:
         os.close(fd)
+
+
+def test_a_file_of_the_lower_layer_stays_there(share, merged, tmp_path):
+    """Laid in read-only it is not copied up, and it comes and goes as any other."""
+    region = share.region(8)
+    client = share.mapped(region, pages=8)
+    fd = os.open(merged / "object", os.O_RDONLY)
+    region.map(2 * PAGE, 2 * PAGE, "r--", fd=fd)
+    child = share.fork(client)
+    for one in (client, child):
+        assert text(one, 3) == "..l"
+    assert not (tmp_path / "layers/upper/object").exists()
+    region.protect(2 * PAGE, PAGE, "---")
+    assert client.fault_of("load", 2 * PAGE)
+    region.map(2 * PAGE, 2 * PAGE, "rw-")
+    for one in (client, child):
+        assert text(one, 5) == "....."
+    os.close(fd)
