@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import attrs
@@ -178,9 +179,11 @@ class Enforcer:
         if holder is None or file.region.descriptors > 1 or self.roster.of_region(file.ino):
             return False
         try:
-            return not self._spaces[holder[0]].windows(self.device, file.ino)
+            if self._spaces[holder[0]].windows(self.device, file.ino):
+                return False
         except Gone:
             return False
+        return not _has_children(holder[0])  # they may map what they have inherited at any time
 
     async def _still_lonely(self, file: RegionFile) -> bool:
         """As :meth:`idle`, by a look at the processes made since; all others follow a little later."""
@@ -591,3 +594,12 @@ class Enforcer:
             raise Gone(f"process {client.pid}")
         attached.state = State.FAULT if attached.armed else State.REPLICA
         attached.why = ""
+
+
+def _has_children(pid: int) -> bool:
+    """Whether it has any that live, or cannot be asked (proc_pid_task(5), ``children``)."""
+    try:
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+        return any((task / "children").read_bytes() for task in tasks)
+    except OSError:
+        return True

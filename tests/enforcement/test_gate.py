@@ -8,6 +8,7 @@ import errno
 import mmap
 import os
 import shutil
+import signal
 import socket
 import subprocess
 
@@ -270,3 +271,31 @@ def test_a_region_whose_path_is_longer_than_a_page(share):
             with contextlib.suppress(OSError):
                 os.rmdir("d" * 200, dir_fd=parent)
             os.close(parent)
+
+
+def test_a_child_that_maps_what_it_inherited_after_it_was_seen(share):
+    """Nobody has the region but its maker, who does not map it, and a child that was there before."""
+    region = share.region()
+    child, ours = socket.socketpair()
+    with child, ours:
+        pid = os.fork()
+        if not pid:
+            with contextlib.suppress(BaseException):
+                child.recv(1)
+                memory = mmap.mmap(region.fd, 4 * PAGE)
+                child.send(b"m")
+                child.recv(1)
+                signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+                memory[0] = 1
+            os._exit(0)
+        try:
+            region.protect(3 * PAGE, PAGE, "r--")  # the child maps nothing yet
+            region.protect(3 * PAGE, PAGE, "rw-")
+            ours.send(b"x")
+            assert ours.recv(1) == b"m"
+            region.protect(0, PAGE, "r--")
+            ours.send(b"x")
+        finally:
+            status = os.waitpid(pid, 0)[1]
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGSEGV
