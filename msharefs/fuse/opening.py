@@ -91,9 +91,9 @@ class Opening:
             refuse(request, self._answers.errno_of(exc, request))
 
     def _finish(
-        self, opened: OpenedFile, reply: bytearray, _request: OpenRequest, plan: object
+        self, opened: OpenedFile, reply: bytearray, request: OpenRequest, plan: object
     ) -> None:
-        """Let the opener go on. Raises OSError if there is no backing file for the plan's."""
+        """Let the opener go on, or refuse it with the kernel's errno where it passes nothing through."""
         if plan is not None:
             if not isinstance(plan, OpenPlan):
                 raise TypeError(f"opened() returned {plan!r}")
@@ -106,7 +106,12 @@ class Opening:
                 if not self._library.passthrough:
                     raise OSError(errno.EOPNOTSUPP, "the kernel offers no FUSE passthrough")
                 flags |= OpenReplyFlag.PASSTHROUGH
-                backing_id = self._backing.acquire(opened.nodeid, opened.fh, plan.backing_fd)
+                try:
+                    backing_id = self._backing.acquire(opened.nodeid, opened.fh, plan.backing_fd)
+                except OSError as error:  # ELOOP: too many filesystems are stacked below
+                    log.info("a file cannot be passed through: %s", error)
+                    self._refuse(opened, request, error.errno or errno.EIO)
+                    return
             OPEN_OUT.pack_into(reply, len(reply) - OPEN_OUT.size, opened.fh, flags, backing_id)
         if not self._answers.write(reply):
             self._backing.release(opened.nodeid, opened.fh)

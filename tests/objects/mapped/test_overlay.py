@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.enforcement.clients import PAGE, until
-from tests.objects.conftest import overlay
+from tests.objects.conftest import mounted, overlay, refused
 from tests.objects.mapped.conftest import text
 from tests.objects.mapped.test_changes import *  # noqa: F403 - the same tests, with other files
 
@@ -71,3 +71,16 @@ def test_a_file_of_the_lower_layer_stays_there(share, merged, tmp_path):
     for one in (client, child):
         assert text(one, 5) == "....."
     os.close(fd)
+
+
+def test_on_two_overlays_it_cannot_be_passed_through(share, merged, tmp_path):
+    """Said before anybody is touched; nothing is left open by the attempt."""
+    region = share.region(8)
+    client = share.mapped(region, pages=8)
+    layers = f"lowerdir={merged}:{tmp_path}/layers/lower"
+    with mounted(tmp_path / "two", "-t", "overlay", "-o", layers, "overlay") as place:
+        fd = os.open(place / "object", os.O_RDONLY)
+        refused(errno.ELOOP, region.map, 0, PAGE, "r--", fd=fd)
+        os.close(fd)
+        until(lambda: not busy(place), "the file to be let go of")
+    assert text(client, 8) == "........"
