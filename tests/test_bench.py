@@ -123,7 +123,8 @@ def test_enforcement_has_every_figure(environment):
     for row in result["adopt"]:
         spreads += [*row["us"].values(), row["plain_us"]]
     assert {row["kind"] for row in result["memory"]} == {"touch", "write", "read"}
-    assert [row["until"] for row in result["fault"]] == ["store", "line"]
+    kinds = ["store", "line", "plain", "caught", "scanned"]
+    assert [row["until"] for row in result["fault"]] == kinds
     spreads += [row["us"] for row in result["fault"]]
     (rate,) = result["rate"]
     assert (rate["reported"], rate["lost"]) == (rate["stores"], 0)
