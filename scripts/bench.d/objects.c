@@ -219,11 +219,24 @@ static const struct {
 	{"write", copy_in}, {"store", store_some},
 };
 
-static void access_both(int region, int file, int rounds)
+/* Opened anew for each mapping: that is what a gate sees, and has the file in place before the first load. */
+static void *mapped_anew(const char *path)
+{
+	int fd = open(path, O_RDWR | O_CLOEXEC);
+
+	if (fd < 0)
+		fail(path);
+	void *memory = mapped(fd);
+
+	close(fd);
+	return memory;
+}
+
+static void access_both(const char *path, int region, int file, int rounds)
 {
 	lay(region, file);
 	for (int round = 0; round < rounds; round++) {
-		char *p[] = {mapped(region), mapped(file)};
+		char *p[] = {mapped_anew(path), mapped(file)};
 
 		memset(copy, 'a' + round % 26, MIB);
 		for (size_t pass = 0; pass < sizeof passes / sizeof *passes; pass++)
@@ -262,6 +275,6 @@ int main(int argc, char **argv)
 	if (argc == 7)
 		create(region, file, atoi(argv[5]), atoi(argv[6]));
 	else
-		access_both(region, file, atoi(argv[5]));
+		access_both(argv[2], region, file, atoi(argv[5]));
 	return unlink(argv[2]) ? 1 : 0;
 }
