@@ -138,7 +138,7 @@ async def _serve(
         contents = Contents(changes)
         files = Files(handles, changes, contents, notifications, namespace.leaving, hold)
         ranges = Ranges(handles, changes, contents, files)
-        features = FEATURES | (Feature.HUGE if options.huge not in {None, "never"} else Feature(0))
+        features = FEATURES | (Feature(0) if options.semantics.no_huge else Feature.HUGE)
         if enforcement is not None:
             features |= Feature.ENFORCE | Feature.NOTIFY | Feature.FILE_OBJECTS
             changes.changed = notifications.changed

@@ -168,6 +168,8 @@ class MountOptions:
             else:
                 known = ", ".join(option for option, _ in cls.HELP)
                 raise OptionError(f"unknown option {word!r} (known: {known})")
+        if found.get("native") and not found.get("automap"):
+            raise OptionError("io=native goes with automap only: elsewhere each access is checked")
         if found.get("strict"):
             if found.keys() & {"automap", "private", "native"}:
                 raise OptionError("strict=v3 goes with none of automap, io=, private=")

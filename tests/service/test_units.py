@@ -172,7 +172,7 @@ def test_options_are_read_as_mount_gives_them():
     assert MountOptions.parse("").log_period_ms == 100
     assert MountOptions.parse("log_period=7").log_period_ms == 7
     wrongs = ("size=", "size=1", "size=x", "huge=maybe", "mode=9", "bogus", "uid=root")
-    for wrong in (*wrongs, "gate=x", "enforce=x", "protect=x", "log_period=0"):
+    for wrong in (*wrongs, "gate=x", "enforce=x", "protect=x", "log_period=0", "io=native"):
         with pytest.raises(OptionError, match=wrong.partition("=")[0]):
             MountOptions.parse(wrong)
 
