@@ -163,7 +163,7 @@ class Vigil:
                     obeys = judged[id(windows)] = is_replica(windows, layout.plain) or is_replica(
                         windows, layout.served
                     )
-                if obeys:
+                if obeys and not unknown(client, ino):
                     one.settled[client] = windows
                 else:
                     todo.append(client)
