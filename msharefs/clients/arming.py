@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -26,7 +25,7 @@ import trio
 from msharefs.clients import native
 from msharefs.clients.errands import Errands, Kind
 from msharefs.clients.served import MODES
-from msharefs.clients.userfault import PAGE, Mode, Outcome, outcome_of
+from msharefs.clients.userfault import PAGE, Mode, Outcome, outcome_of, patiently
 from msharefs.region.demand import CAUGHT
 from msharefs.region.errors import ClientStuck
 
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
     from msharefs.clients.served import Half, Served, Span
     from msharefs.clients.userfault import PageFault, Userfault
 
-RETRY_PAUSE: Final = 0.000_2
-"""Seconds. How long a lane leaves an address space alone that was just changing."""
 
 WP: Final = int(Mode.WP)
 
@@ -266,15 +263,6 @@ def _outcome(status: int, kind: Kind | None) -> Outcome | Exception:
 
 def _stuck(served: Served) -> ClientStuck:
     return ClientStuck(f"process {served.pid} holds its memory map")
-
-
-def patiently(half: Half, call: Callable[[], Outcome]) -> Outcome:
-    """Again while the address space is changing, which ends as soon as the loop has read of it."""
-    while True:
-        outcome = call()
-        if outcome is not Outcome.RETRY or half.closed:
-            return outcome
-        time.sleep(RETRY_PAUSE)
 
 
 def open_page(userfault: Userfault, fault: PageFault, page: int, *, keep: bool) -> Outcome:

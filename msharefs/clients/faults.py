@@ -27,13 +27,21 @@ from typing import TYPE_CHECKING, Final
 import attrs
 import trio
 
-from msharefs.clients.arming import Arming, in_lane, moving, open_page, patiently
+from msharefs.clients.arming import Arming, in_lane, moving, open_page
 from msharefs.clients.identity import in_own_namespace
 from msharefs.clients.kinship import Kinship
 from msharefs.clients.lanes import Workers
 from msharefs.clients.served import DENIED, STORES, Access, Answer, Half, Host, Served, Span
 from msharefs.clients.signals import Stand, kill, segv, stand_of
-from msharefs.clients.userfault import PAGE, Forked, Moved, Outcome, PageFault, Userfault
+from msharefs.clients.userfault import (
+    PAGE,
+    Forked,
+    Moved,
+    Outcome,
+    PageFault,
+    Userfault,
+    patiently,
+)
 from msharefs.region.pages import page_down
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ import errno
 import fcntl
 import os
 import struct
+import time
 from enum import Enum, IntFlag
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -28,7 +29,7 @@ from msharefs.clients.arch import Number
 from msharefs.clients.identity import duplicate_descriptor
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
 PAGE: Final = 4096
 
@@ -68,6 +69,10 @@ _FAULT_MINOR: Final = 4
 
 _NOWHERE: Final = 1 << 16
 """An address that no program maps (vm.mmap_min_addr): for asking whether the memory is there."""
+
+
+RETRY_PAUSE: Final = 0.000_2
+"""Seconds. How long a thread leaves an address space alone that was just changing."""
 
 
 class Feature(IntFlag):
@@ -135,6 +140,21 @@ _OUTCOMES: Final = {
     errno.ENOENT: Outcome.UNMAPPED,
     errno.EEXIST: Outcome.THERE,
 }
+
+
+class Closable(Protocol):
+    """Whoever has the descriptor, and may have let go of it."""
+
+    closed: bool
+
+
+def patiently(holder: Closable, call: Callable[[], Outcome]) -> Outcome:
+    """Again while the address space is changing, which ends as soon as the loop has read of it."""
+    while True:
+        outcome = call()
+        if outcome is not Outcome.RETRY or holder.closed:
+            return outcome
+        time.sleep(RETRY_PAUSE)
 
 
 def outcome_of(error: OSError, *, refusable: bool) -> Outcome:

@@ -30,7 +30,6 @@ import logging
 import os
 import select
 import threading
-import time
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -54,6 +53,7 @@ from msharefs.clients.userfault import (
     Unmapped,
     Userfault,
     UserfaultUnavailable,
+    patiently,
 )
 from msharefs.region.errors import ClientStuck
 
@@ -77,7 +77,6 @@ NOTING: Final = (
 )
 """Without EVENT_FORK a child is not registered, without EVENT_REMAP what is moved is not any more."""
 
-RETRY_PAUSE: Final = 0.000_2
 PATIENCE: Final = 1.0
 """Seconds after which a client that holds its memory map is left behind."""
 BURIAL_PAUSE: Final = 2.0
@@ -287,7 +286,7 @@ class Written:
                 partial(noted.userfaults[0].register, start, end - start, Mode.WP),
                 partial(noted.userfaults[0].protect, start, end - start),
             ):
-                outcome = _patiently(noted, call)
+                outcome = patiently(noted, call)
                 if outcome is Outcome.GONE:
                     raise Gone(f"process {noted.space.pid}")
                 if outcome is Outcome.UNMAPPED:
@@ -316,7 +315,7 @@ class Written:
             with suppress(NotNoted):
                 written += scan(noted.pagemap, start, end, rearm=False)
             for userfault in noted.userfaults:
-                _patiently(noted, partial(userfault.unregister, start, end - start))
+                patiently(noted, partial(userfault.unregister, start, end - start))
         return written
 
     async def _adopt(self, noted: Noted) -> None:
@@ -415,12 +414,3 @@ def _look(
 
 def _alive(userfault: Userfault) -> bool:
     return userfault.alive
-
-
-def _patiently(noted: Noted, call: Callable[[], Outcome]) -> Outcome:
-    """Again while the address space is changing, which ends as soon as the loop has read of it."""
-    while True:
-        outcome = call()
-        if outcome is not Outcome.RETRY or noted.closed:
-            return outcome
-        time.sleep(RETRY_PAUSE)

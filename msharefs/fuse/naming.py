@@ -10,7 +10,7 @@ Leaves out: what becomes of a file that has been opened (`opening`).
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from .handlers import FORWARD
 from .wire import (
@@ -29,12 +29,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .answers import Answers
-    from .attributes import Attributes
-    from .handlers import Handlers
+    from .handlers import Forward, Handlers
     from .opening import Opening
     from .wire import Request
 
 log = logging.getLogger(__name__)
+
+R = TypeVar("R", NameRequest, GetattrRequest, OpenRequest)
 
 
 class Naming:
@@ -54,55 +55,65 @@ class Naming:
 
     def name(self, request: NameRequest, frame: Frame) -> None:
         """LOOKUP and UNLINK."""
-        try:
-            if request.opcode is Opcode.LOOKUP:
-                found = self._handlers.lookup(request)
-                if found is not FORWARD:
-                    self._found(request, found)
-                    return
-            elif self._handlers.unlink(request) is not FORWARD:
-                self._answers.write(build_reply(request.unique))
-                return
-        except Exception as exc:  # noqa: BLE001 - errno_of is the boundary
-            self._answers.refuse(request, self._answers.errno_of(exc, request))
-            return
-        self._forward(request, frame)
+        lookup = request.opcode is Opcode.LOOKUP
+        self._answer(request, frame, self._lookup if lookup else self._unlink)
 
-    def _found(self, request: NameRequest, found: Attributes) -> None:
+    def _lookup(self, request: NameRequest) -> Forward | None:
+        found = self._handlers.lookup(request)
+        if found is FORWARD:
+            return FORWARD
         if not self._answers.write(build_reply(request.unique, found.as_entry())):
             self._handlers.forget([(found.ino, 1)])  # a reference that nobody has
+        return None
+
+    def _unlink(self, request: NameRequest) -> Forward | None:
+        if self._handlers.unlink(request) is FORWARD:
+            return FORWARD
+        self._answers.write(build_reply(request.unique))
+        return None
 
     def getattr(self, request: GetattrRequest, frame: Frame) -> None:
-        try:
-            found = self._handlers.getattr(request)
-            if found is not FORWARD:
-                self._answers.write(build_reply(request.unique, found.as_reply()))
-                return
-        except Exception as exc:  # noqa: BLE001 - errno_of is the boundary
-            self._answers.refuse(request, self._answers.errno_of(exc, request))
-            return
-        self._forward(request, frame)
+        self._answer(request, frame, self._getattr)
+
+    def _getattr(self, request: GetattrRequest) -> Forward | None:
+        found = self._handlers.getattr(request)
+        if found is FORWARD:
+            return FORWARD
+        self._answers.write(build_reply(request.unique, found.as_reply()))
+        return None
 
     def open(self, request: OpenRequest, frame: Frame) -> None:
         """OPEN and CREATE."""
+        self._answer(request, frame, self._create if request.create else self._open)
+
+    def _create(self, request: OpenRequest) -> Forward | None:
+        made = self._handlers.create(request)
+        if made is FORWARD:
+            return FORWARD
+        found, fh = made
+        self._opened(request, fh, found.as_entry())
+        return None
+
+    def _open(self, request: OpenRequest) -> Forward | None:
+        opened = self._handlers.open(request)
+        if opened is FORWARD:
+            return FORWARD
+        self._opened(request, opened)
+        return None
+
+    def _opened(self, request: OpenRequest, fh: int, entry: bytes = b"") -> None:
+        body = entry + OPEN_OUT.pack(fh, 0, 0)
+        self._opening.replied(request, build_reply(request.unique, body))
+
+    def _answer(self, request: R, frame: Frame, answer: Callable[[R], Forward | None]) -> None:
+        """``answer`` answers the request, leaves it to the library, or raises what its caller gets."""
         try:
-            if request.create:
-                made = self._handlers.create(request)
-                if made is not FORWARD:
-                    found, fh = made
-                    body = found.as_entry() + OPEN_OUT.pack(fh, 0, 0)
-                    self._opening.replied(request, build_reply(request.unique, body))
-                    return
-            else:
-                opened = self._handlers.open(request)
-                if opened is not FORWARD:
-                    body = OPEN_OUT.pack(opened, 0, 0)
-                    self._opening.replied(request, build_reply(request.unique, body))
-                    return
+            left = answer(request)
         except Exception as exc:  # noqa: BLE001 - errno_of is the boundary
             self._answers.refuse(request, self._answers.errno_of(exc, request))
             return
-        self._forward(request, frame)
+        if left is FORWARD:
+            self._forward(request, frame)
 
     def release(self, request: ReleaseRequest, frame: Frame) -> None:
         try:

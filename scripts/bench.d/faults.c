@@ -29,9 +29,9 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "bench.h"
 #include "msharefs.h"
 
 #define PAGE 4096u
@@ -45,20 +45,6 @@ static atomic_llong *told; /* when the line about a page was read; 0: not yet */
 static atomic_int lines;   /* a futex: goes up as lines are read */
 static atomic_long reported, lost;
 static long long first_store, interval;
-
-static void fail(const char *what)
-{
-	perror(what);
-	exit(1);
-}
-
-static long long now(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec * 1000000000LL + t.tv_nsec;
-}
 
 static long number_after(const char *line, const char *key)
 {

@@ -13,9 +13,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "bench.h"
 #include "msharefs.h"
 
 #define CHUNK (1u << 20)
@@ -23,20 +23,6 @@
 
 static const char *const name_of[2] = {"region", "memfd"};
 static char *copy; /* CHUNK bytes, private */
-
-static void fail(const char *what)
-{
-	perror(what);
-	exit(1);
-}
-
-static long long now(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec * 1000000000LL + t.tv_nsec;
-}
 
 /* The same range again, with memory that nobody has touched. */
 static char *fresh(int side, int fd, size_t size, char *old)

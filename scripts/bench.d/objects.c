@@ -28,9 +28,9 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "bench.h"
 #include "msharefs.h"
 
 #define MIB (1u << 20)
@@ -41,20 +41,6 @@ static const char *const side_name[] = {"region", "plain"};
 static char *copy; /* MIB bytes, private */
 static size_t size;
 static volatile uint64_t sink;
-
-static void fail(const char *what)
-{
-	perror(what);
-	exit(1);
-}
-
-static long long now(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec * 1000000000LL + t.tv_nsec;
-}
 
 static unsigned char expected(size_t offset) { return (unsigned char)(offset / MIB % 251); }
 

@@ -29,9 +29,9 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "bench.h"
 #include "msharefs.h"
 
 #define PAGE 4096u
@@ -52,20 +52,6 @@ static char *at[2];
 static pid_t *client;
 static int clients;
 static sigjmp_buf out_of_store;
-
-static void fail(const char *what)
-{
-	perror(what);
-	exit(1);
-}
-
-static long long now(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec * 1000000000LL + t.tv_nsec;
-}
 
 /* -- in the clients */
 
