@@ -14,7 +14,8 @@ from msharefs.client import Region
 from tests.clients.touchers import start_toucher, toucher_program  # noqa: F401 - fixtures
 from tests.conftest import GATE
 from tests.objects.conftest import on_loop
-from tests.service.test_notifications import MIB, PAGE, decide, do, events_of, refused, seen
+from tests.service.test_notifications import decide, do, refused, seen
+from tests.watched import MIB, PAGE, events_of
 
 READ, WRITE = NotifyEvent.READ, NotifyEvent.WRITE
 SIGNAL, HOLD = NotifyMode.SIGNAL, NotifyMode.HOLD

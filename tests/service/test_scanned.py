@@ -10,35 +10,15 @@ import time
 
 import pytest
 
-from msharefs.abi import Feature, NotifyEvent, NotifyMode
+from msharefs.abi import NotifyEvent, NotifyMode
 from msharefs.client import Region
 from tests.conftest import GATE
-from tests.service.test_notifications import MIB, PAGE, PATIENCE, do, events_of, refused
+from tests.service.test_notifications import MIB, PAGE, PATIENCE, do, refused
 
 
 @pytest.fixture
 def mount(start_mount):
     return start_mount(f"gate={GATE or 'ptrace'},log_period=20")
-
-
-@pytest.fixture
-def region(mount):
-    with Region.create(mount.path / "r", MIB) as made:
-        made.map(0, MIB, "rw-")
-        if not made.info().features & Feature.NOTIFY:
-            pytest.skip("this machine cannot watch ranges (mshare check says why)")
-        yield made
-
-
-@pytest.fixture
-def events(mount, region):
-    with events_of(mount) as found:
-        yield found
-
-
-@pytest.fixture
-def start(start_toucher, mount, region):
-    return lambda: start_toucher(mount.path / "r")
 
 
 def found(events, count):
